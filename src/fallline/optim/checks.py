@@ -1,0 +1,83 @@
+"""The domains of hyperparameters, checked where an optimizer is written down, with torch.optim's limits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Concatenate, ParamSpec
+
+from fallline.errors import InvalidHyperparameter
+
+P = ParamSpec("P")
+Check = Callable[Concatenate[str, Any, P], None]
+
+
+def _along_schedules(check: Check[P]) -> Check[P]:
+    """A schedule is in the domain when its values along training are."""
+
+    @functools.wraps(check)
+    def wrapper(name: str, value: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if not hasattr(value, "curve"):
+            return check(name, value, *args, **kwargs)
+        for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+            check(f"{name} at {progress:.0%} of training", float(value(progress)), *args, **kwargs)
+        return None
+
+    return wrapper
+
+
+@_along_schedules
+def real(name: str, value: Any) -> None:
+    """A finite real number.
+
+    >>> real("lr", "fast")
+    Traceback (most recent call last):
+    fallline.errors.InvalidHyperparameter: lr = 'fast' is not a number: give a finite one.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InvalidHyperparameter(f"{name} = {value!r} is not a number: give a finite one.")
+
+
+@_along_schedules
+def non_negative(name: str, value: Any) -> None:
+    """A number of at least 0."""
+    real(name, value)
+    if value < 0:
+        raise InvalidHyperparameter(f"{name} = {value!r} is negative: give at least 0.")
+
+
+@_along_schedules
+def positive(name: str, value: Any) -> None:
+    """A number above 0."""
+    real(name, value)
+    if value <= 0:
+        raise InvalidHyperparameter(f"{name} = {value!r} is not above 0.")
+
+
+@_along_schedules
+def in_interval(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """A number between `low` and `high`, the ends included unless they are said to be open."""
+    real(name, value)
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not inside:
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise InvalidHyperparameter(f"{name} = {value!r} is outside {left}{low:g}, {high:g}{right}.")
+
+
+def pair_of_betas(value: Any) -> tuple[Any, Any]:
+    """Two decay rates, each in [0, 1)."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InvalidHyperparameter(f"betas = {value!r} is not a pair: give (beta1, beta2).")
+    for index, beta in enumerate(value):
+        in_interval(f"beta{index + 1}", beta, 0.0, 1.0, open_high=True)
+    return value[0], value[1]
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise InvalidHyperparameter(f"{name} = {value!r} is neither True nor False.")

@@ -1,0 +1,188 @@
+"""Which engine trains a task, and why not the faster one.
+
+Both engines offer the same few methods (see `Trained`), so whatever schedules, records and checkpoints trials does not
+know which one is at work.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fallline.errors import FalllineError, InvalidSweep, nearest
+from fallline.optim import sgd
+from fallline.sweeps.search import Configuration, TrialPlan
+from fallline.sweeps.vectorised import Array, Population
+from fallline.tasks import Task
+from fallline.training.step import Program, gradients
+from fallline.training.trial import Trial
+
+ENGINES = ("auto", "vectorised", "sequential")
+
+
+class Trained(Protocol):
+    """Trials under way: a population, or one trial by itself."""
+
+    rows: np.ndarray[Any, np.dtype[Any]]
+    step: int
+
+    @property
+    def alive(self) -> np.ndarray[Any, np.dtype[np.bool_]]: ...
+    def train_steps(self, count: int) -> Array: ...
+    def evaluate(self) -> tuple[Array, Array]: ...
+    def compact(self) -> None: ...
+    def parameters(self, row: int) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that will train, and the sentence that says why."""
+
+    engine: str
+    reason: str
+
+
+class Alone:
+    """The sequential engine: one trial behind the methods of a population."""
+
+    def __init__(self, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device) -> None:
+        (plan,) = plans
+        self.rows = np.array([plan.index])
+        self.trial = Trial(task, plan.configuration.optimizer, plan.seed, steps=steps, device=device)
+
+    @property
+    def step(self) -> int:
+        return self.trial.step
+
+    @property
+    def alive(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return np.array([self.trial.alive] * len(self.rows), dtype=bool)
+
+    def train_steps(self, count: int) -> Array:
+        return self.trial.train_steps(count)[None]
+
+    def evaluate(self) -> tuple[Array, Array]:
+        metric, loss = self.trial.evaluate()
+        return np.array([metric]), np.array([loss])
+
+    def compact(self) -> None:
+        if not self.trial.alive:
+            self.rows = self.rows[:0]
+
+    def parameters(self, row: int) -> dict[str, Tensor]:
+        return self.trial.parameters()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.trial.tensors()
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        self.trial.restore(tensors, step)
+
+
+def start(
+    engine: str, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device
+) -> Trained:
+    """The trials of a pack at step 0, in the engine of that name."""
+    made: Trained = (Alone if engine == "sequential" else Population)(task, plans, steps=steps, device=device)
+    return made
+
+
+def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
+    """The engine for a task: the one asked for, or with "auto" the vectorised one where the model allows it.
+
+    Raises:
+        InvalidSweep: for a name that is no engine, or "vectorised" for a model that cannot be.
+    """
+    if engine not in ENGINES:
+        raise InvalidSweep(f"there is no engine {engine!r}. {nearest(engine, ENGINES)}")
+    if engine == "sequential":
+        return EngineChoice("sequential", "asked for")
+    obstacle = why_not_vectorised(task, device)
+    if obstacle is None:
+        return EngineChoice(
+            "vectorised", "asked for" if engine == "vectorised" else "the model can be vectorised"
+        )
+    if engine == "vectorised":
+        raise InvalidSweep(f"the model cannot be vectorised: {obstacle}. Give engine='sequential' or 'auto'.")
+    return EngineChoice("sequential", f"the model cannot be vectorised: {obstacle}")
+
+
+def why_not_vectorised(task: Task, device: torch.device) -> str | None:
+    """What keeps a model from being trained as a population, or None.
+
+    Two trials are taken one step as a population and as the modules they are; losses, gradients and buffers must agree.
+    """
+    optimizer = sgd(lr=1e-3)
+    plans = [
+        TrialPlan(i, Configuration(0, "probe", task.loss, optimizer, {}), seed)
+        for i, seed in enumerate((0, 1))
+    ]
+    try:
+        population = Population(task, plans, steps=1, device=device)
+        losses, grads = population.losses_and_gradients()
+        population.evaluate()
+    except FalllineError:
+        raise
+    except Exception as error:
+        return _culprit(error, task)
+    for row, plan in enumerate(plans):
+        with torch.random.fork_rng([]):
+            program = Program(task.build_model(plan.seed).to(device).train(), task.loss)
+        index = population.orders[plan.seed].at(0).to(device)
+        x, y = (data.index_select(0, index) for data in population.train)
+        params = program.trainable()
+        loss = task.loss(program.module(x), y)
+        alone = {**gradients(loss, params), "the loss": loss.detach()}
+        together = {**{name: g[row] for name, g in grads.items()}, "the loss": losses[row]}
+        constants = {name: tensor[row] for name, tensor in population.constants.items()}
+        for name, expected in {**alone, **program.constants()}.items():
+            if not _agree(together.get(name, constants.get(name)), expected):
+                what = _owner(program.module, name)
+                return f"{what} gives another result in a population than alone"
+    return None
+
+
+def _agree(value: Tensor | None, expected: Tensor) -> bool:
+    if value is None or value.shape != expected.shape:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(value, expected)
+    tolerance = 1e-6 if expected.dtype == torch.float64 else 1e-2
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(value, expected, rtol=tolerance, atol=tolerance * scale + 1e-12, equal_nan=True)
+
+
+def _owner(module: nn.Module, name: str) -> str:
+    path = name.rpartition(".")[0]
+    modules = dict(module.named_modules())
+    return f"{type(modules[path]).__name__} {path!r}" if path in modules and path else name
+
+
+def _culprit(error: Exception, task: Task) -> str:
+    """The innermost module in the error's traceback, by type and name, and the error's first line."""
+    with torch.random.fork_rng([]):
+        names = {name: type(m).__name__ for name, m in task.build_model(0).named_modules()}
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "random" in message and "vmap" in message:
+        message = "it draws random numbers, and each trial needs a stream of its own"
+    who = "the loss or the metric"
+    chain: list[tuple[str, nn.Module]] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            if not chain:
+                chain = list(owner.named_modules())
+            who = next(
+                (f"{type(m).__name__} {n!r}" if n else type(m).__name__ for n, m in chain if m is owner), who
+            )
+    if who == "the loss or the metric" and not names:
+        who = "the model"
+    return f"{who}: {message}"

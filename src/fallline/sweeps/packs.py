@@ -1,0 +1,179 @@
+"""Packs: the trials that are trained together, the unit that workers take, checkpoint and hand back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from fallline.sweeps import engines
+from fallline.sweeps.search import TrialPlan
+from fallline.sweeps.vectorised import Array
+from fallline.tasks import Task
+from fallline.training import checkpoint
+
+# A pack checkpoints itself at the end of a block when so many seconds have passed.
+SECONDS_BETWEEN_CHECKPOINTS = 15.0
+# Trials in a pack: enough to fill the vector units, few enough that parameters and optimizer state stay in the cache.
+LARGEST_PACK = {"cpu": 64, "cuda": 4096}
+# Numbers that a pack may hold in parameters, gradients and optimizer state.
+LARGEST_STATE = {"cpu": 2**25, "cuda": 2**29}
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Trials that one worker trains as one population; all have the same loss."""
+
+    index: int
+    trials: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a pack recorded between two evaluations.
+
+    Attributes:
+        pack: the pack's number.
+        trials: [row], the trials that were in the pack when the block began.
+        start: the step at which it began.
+        train_loss: [row, step of the block].
+        evaluated_at: the step at which it ended and was evaluated.
+        metric, validation_loss: [row]; NaN for a trial that diverged.
+    """
+
+    pack: int
+    trials: np.ndarray[Any, np.dtype[Any]]
+    start: int
+    train_loss: Array
+    evaluated_at: int
+    metric: Array
+    validation_loss: Array
+
+
+@dataclass(frozen=True)
+class PackEnd:
+    """A pack has ended: at its budget (or because all its trials diverged), or because it was asked to stop."""
+
+    pack: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that training a pack needs, the same for every pack of a sweep.
+
+    Attributes:
+        tasks: the task under each loss of the sweep.
+        plans: every trial of the sweep.
+        evaluate_every: steps between evaluations, which end a block.
+        folder: the run directory.
+        keep_parameters: "best" (of each configuration) or "all".
+    """
+
+    tasks: dict[str, Task]
+    plans: Sequence[TrialPlan]
+    engine: str
+    device: torch.device
+    steps: int
+    evaluate_every: int
+    folder: Path
+    keep_parameters: str
+
+
+def make_packs(
+    plans: Sequence[TrialPlan], *, engine: str, device: torch.device, numbers_per_trial: int, workers: int
+) -> list[Pack]:
+    """Cuts a sweep into packs of one loss, alike in size, trials of the same seed together (they share batches)."""
+    kind = device.type
+    largest = max(1, min(LARGEST_PACK[kind], LARGEST_STATE[kind] // max(1, 6 * numbers_per_trial)))
+    if engine == "sequential":
+        largest = 1
+    packs: list[Pack] = []
+    for loss in dict.fromkeys(repr(plan.configuration.loss) for plan in plans):
+        own = [plan for plan in plans if repr(plan.configuration.loss) == loss]
+        own.sort(key=lambda plan: (plan.seed, plan.index))
+        count = -(-len(own) // largest)
+        count = min(len(own), -(-count // workers) * workers)
+        for part in np.array_split(np.array([plan.index for plan in own]), count):
+            packs.append(Pack(len(packs), tuple(int(i) for i in part)))
+    return packs
+
+
+def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block | PackEnd]:
+    """Trains a pack to the end, block by block, going on from its checkpoint if it has one.
+
+    Args:
+        stop: asked after every block; True writes a checkpoint and ends.
+    """
+    plans = [job.plans[i] for i in pack.trials]
+    task = job.tasks[repr(plans[0].configuration.loss)]
+    population = engines.start(job.engine, task, plans, steps=job.steps, device=job.device)
+    place = job.folder / "packs" / f"{pack.index:05d}"
+    found = checkpoint.read(place)
+    final: dict[int, float] = {}
+    if found is not None:
+        tensors, state = found
+        population.restore(tensors, state["step"])
+    written = time.monotonic()
+    while population.step < job.steps and len(population.rows):
+        begin = population.step
+        end = min(job.steps, (begin // job.evaluate_every + 1) * job.evaluate_every)
+        rows = population.rows
+        losses = population.train_steps(end - begin)
+        if job.keep_parameters == "all":
+            for row in np.flatnonzero(~population.alive):
+                _save_parameters(job, population, int(row))
+        population.compact()
+        inside = np.isin(rows, population.rows)
+        metric = np.full(len(rows), np.nan)
+        validation_loss = np.full(len(rows), np.nan)
+        if len(population.rows):
+            metric[inside], validation_loss[inside] = population.evaluate()
+        final = dict(zip(population.rows.tolist(), metric[inside].tolist(), strict=True))
+        ended = end == job.steps or not len(population.rows)
+        if ended:  # before the last block is sent: whoever has that can rely on the parameters
+            for row in _rows_to_keep(job, population.rows.tolist(), final):
+                _save_parameters(job, population, row)
+        yield Block(pack.index, rows, begin, losses, end, metric, validation_loss)
+        if not ended:
+            asked = stop()
+            if asked or time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:
+                checkpoint.write(place, population.tensors(), {"step": population.step})
+                written = time.monotonic()
+            if asked:
+                yield PackEnd(pack.index, complete=False)
+                return
+    yield PackEnd(pack.index, complete=True)
+
+
+def parameters_file(folder: Path, trial: int) -> Path:
+    """Where a trial's final parameters are kept."""
+    return folder / "parameters" / f"{trial:06d}.safetensors"
+
+
+def _rows_to_keep(job: Job, trials: list[int], final: dict[int, float]) -> list[int]:
+    """The rows whose parameters are kept: all, or the best of each configuration in this pack."""
+    if job.keep_parameters == "all":
+        return list(range(len(trials)))
+    best: dict[int, int] = {}
+    higher = next(iter(job.tasks.values())).metric.higher_is_better
+    for row, trial in enumerate(trials):
+        configuration = job.plans[trial].configuration.index
+        score = final.get(trial, np.nan)
+        held = best.get(configuration)
+        if held is None or (score > final[trials[held]] if higher else score < final[trials[held]]):
+            best[configuration] = row
+    return list(best.values())
+
+
+def _save_parameters(job: Job, population: engines.Trained, row: int) -> None:
+    path = parameters_file(job.folder, int(population.rows[row]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in population.parameters(row).items()}
+    checkpoint.write_file(path, safetensors.torch.save(tensors))

@@ -1,0 +1,124 @@
+"""From optimizers with search dimensions to concrete configurations, and from those to trials."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import qmc
+
+from fallline.errors import InvalidHyperparameter, InvalidSweep
+from fallline.losses import Loss
+from fallline.optim import Optimizer
+from fallline.optim.dimensions import Dimension
+from fallline.training.fit import learning_rate
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A loss and an optimizer with concrete hyperparameters.
+
+    Attributes:
+        index: its number in the sweep.
+        label: the optimizer as it was given, in words: "sgd momentum=0.9".
+        loss: what it minimises.
+        optimizer: concrete.
+        settings: the values that were chosen for the search dimensions, by the argument's name.
+    """
+
+    index: int
+    label: str
+    loss: Loss
+    optimizer: Optimizer
+    settings: dict[str, object]
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """A configuration with a seed: what one trial is to be."""
+
+    index: int
+    configuration: Configuration
+    seed: int
+
+
+def labels(optimizers: Sequence[Optimizer]) -> list[str]:
+    """A short, unique name for each optimizer: its name and what is not at its default.
+
+    >>> from fallline.optim import sgd
+    >>> labels([sgd(lr=0.1), sgd(lr=0.1, momentum=0.9), sgd(lr=0.2)])
+    ['sgd', 'sgd momentum=0.9', 'sgd (2)']
+    """
+    made: list[str] = []
+    for optimizer in optimizers:
+        label = base = _label(optimizer)
+        count = 1
+        while label in made:
+            count += 1
+            label = f"{base} ({count})"
+        made.append(label)
+    return made
+
+
+def configurations(
+    optimizers: Sequence[Optimizer], losses: Sequence[Loss], *, samples: int, search_seed: int
+) -> list[Configuration]:
+    """Every loss with every concrete optimizer.
+
+    Grids are crossed with each other. Ranges are sampled: `samples` points, spread evenly by a scrambled Sobol sequence,
+    each crossed with the grids. All optimizers draw from the same sequence, so they are searched alike.
+
+    Raises:
+        InvalidHyperparameter: for a learning rate of 0, or an argument that its optimizer refuses.
+    """
+    found: list[Configuration] = []
+    for loss in losses:
+        for label, optimizer in zip(labels(optimizers), optimizers, strict=True):
+            for values in _choices(optimizer, samples, search_seed):
+                concrete = optimizer.chosen({id(d): v for d, v in values.items()}) if values else optimizer
+                learning_rate(concrete)
+                settings = {name: values[d] for name, d in optimizer.dimensions.items()}
+                found.append(Configuration(len(found), label, loss, concrete, settings))
+    return found
+
+
+def trials(chosen: Sequence[Configuration], seeds: Sequence[int]) -> list[TrialPlan]:
+    """Every configuration with every seed, numbered from 0, the seeds of a configuration together."""
+    pairs = itertools.product(chosen, seeds)
+    return [TrialPlan(index, configuration, seed) for index, (configuration, seed) in enumerate(pairs)]
+
+
+def _choices(optimizer: Optimizer, samples: int, search_seed: int) -> list[dict[Dimension, object]]:
+    dimensions = list(dict.fromkeys(optimizer.dimensions.values()))
+    grids = [d for d in dimensions if d.values is not None]
+    ranges = [d for d in dimensions if d.values is None]
+    drawn: list[dict[Dimension, object]] = [{}]
+    if ranges:
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise InvalidSweep(f"samples = {samples!r} is not a whole number of at least 1.")
+        sequence = qmc.Sobol(len(ranges), seed=search_seed)
+        points = sequence.random_base2(int(np.ceil(np.log2(samples))))[:samples]
+        drawn = [{d: d.at(float(f)) for d, f in zip(ranges, point, strict=True)} for point in points]
+    crossed = itertools.product(*(d.values or () for d in grids))
+    return [dict(zip(grids, values, strict=True)) | point for values in crossed for point in drawn]
+
+
+def _label(optimizer: Optimizer) -> str:
+    if optimizer.call is None or optimizer.call.extra:
+        stages = [transform.name for transform in optimizer.transforms]
+        return " + ".join(stages) if stages else optimizer.name
+    try:
+        standard = optimizer.call.function().arguments
+    except (TypeError, InvalidHyperparameter):
+        standard = {}
+    told = [
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in optimizer.arguments.items()
+        if name != "lr" and not isinstance(value, Dimension) and standard.get(name) != value
+    ]
+    lr = optimizer.call.arguments.get("lr")
+    if lr is not None and hasattr(lr, "kind"):
+        told.append(f"lr {lr.kind}")
+    return " ".join([optimizer.name, *told])

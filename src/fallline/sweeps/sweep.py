@@ -1,0 +1,411 @@
+"""`sweep`: many trials under one budget, trained at once, recorded as they go, and ranked."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from fallline.errors import InvalidHyperparameter, InvalidSweep, RunDirectoryError
+from fallline.losses import Loss, as_loss
+from fallline.optim import Optimizer, rmsprop, sgd
+from fallline.optim.catalogue import learning_rate_grid
+from fallline.optim.optimizers import adam
+from fallline.sweeps import engines, packs, search, workers
+from fallline.sweeps.packs import Block, Job, Pack
+from fallline.sweeps.result import Result, best_trial, with_results
+from fallline.sweeps.search import TrialPlan
+from fallline.sweeps.store import TRIALS, RunDirectory, evaluation_steps, history_of
+from fallline.tasks import Task
+from fallline.tasks import registry as built_in_tasks
+from fallline.training import checkpoint
+from fallline.training.batches import steps_per_epoch
+from fallline.training.device import resolve_device
+from fallline.training.fit import check_budget, check_seed
+from fallline.training.interrupt import Interrupt
+from fallline.training.progress import Progress
+
+# Of a trial: enough evaluations to draw its curve, few enough to cost little.
+EVALUATIONS = 20
+# New blocks are written at most so often, in seconds; what a killed sweep loses.
+SECONDS_BETWEEN_WRITES = 0.2
+# What may differ between a run and its continuation.
+INCIDENTAL = ("created", "versions", "command", "workers", "seconds", "trials_per_second", "complete", "packs")
+
+
+def default_optimizers(points: int = 13) -> list[Optimizer]:
+    """What a sweep races when it is not told: SGD, SGD with momentum, RMSprop and Adam, over `points` learning rates."""
+    return [
+        sgd(lr=learning_rate_grid("sgd", points)),
+        sgd(lr=learning_rate_grid("sgd", points), momentum=0.9),
+        rmsprop(lr=learning_rate_grid("rmsprop", points)),
+        adam(lr=learning_rate_grid("adam", points)),
+    ]
+
+
+def sweep(
+    task: Task,
+    optimizers: Sequence[Optimizer] | Optimizer | None = None,
+    losses: Sequence[Any] | None = None,
+    *,
+    seeds: int | Sequence[int] = 10,
+    steps: int | None = None,
+    epochs: int | None = None,
+    samples: int = 16,
+    search_seed: int = 0,
+    engine: str = "auto",
+    device: str | torch.device = "auto",
+    workers: int | str = "auto",
+    evaluate_every: int | None = None,
+    keep_parameters: str = "best",
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    task_code: str | None = None,
+    command: str | None = None,
+) -> Result:
+    """Trains every configuration with every seed, and ranks the optimizers.
+
+    Args:
+        task: what is trained.
+        optimizers: with search dimensions for the hyperparameters to be tuned; by default SGD, SGD with momentum,
+            RMSprop and Adam over 13 learning rates each.
+        losses: losses to compare under the task's metric; by default the task's own.
+        seeds: how many seeds (0, 1, …), or which.
+        steps: updates per trial (1,000 when neither this nor `epochs` is given).
+        epochs: passes over the training data per trial, instead of steps.
+        samples: how many points are drawn for optimizers that search ranges.
+        search_seed: draws them.
+        engine: "vectorised", "sequential", or "auto": vectorised where the model allows it.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        workers: processes that train side by side on the CPU; "auto" is one per core where that pays.
+        evaluate_every: steps between evaluations; by default a twentieth of training.
+        keep_parameters: "best" keeps the final parameters of each configuration's best trial, "all" every trial's.
+        out: the run directory; without one, results live as long as the returned object.
+        resume: go on with the run in `out`, which must be the same sweep.
+        progress: a progress bar; by default when a terminal watches.
+        task_code, command: how the task is written in Python, and what was typed, for the report.
+
+    Returns:
+        The result. Ctrl-C ends the sweep and returns what there is; `resume=True` goes on from there.
+
+    Raises:
+        InvalidTask, LossMismatch: when the task cannot be trained as it is.
+        InvalidSweep, InvalidHyperparameter: for settings that make no sweep.
+        DeviceUnavailable: for a device that is not there.
+        RunDirectoryError: when `out` holds another run or cannot be written.
+
+    >>> import fallline as fl
+    >>> result = fl.sweep(fl.tasks.line(), [fl.optim.sgd(lr=fl.grid([0.01, 0.1, 1.0]))], seeds=2, steps=50)
+    >>> result.trials["status"].to_list()
+    ['completed', 'completed', 'completed', 'completed', 'diverged', 'diverged']
+    >>> result.best.settings
+    {'lr': 0.1}
+    """
+    began = time.monotonic()
+    where = resolve_device(device)
+    if not isinstance(task, Task):
+        raise InvalidSweep(f"{task!r} is not a task: give fl.Task(…) or one of fl.tasks.")
+    chosen = search.configurations(
+        _optimizers(optimizers), _losses(task, losses), samples=samples, search_seed=search_seed
+    )
+    plans = search.trials(chosen, _seeds(seeds))
+    budget = _steps(task, steps, epochs)
+    every = max(1, -(-budget // EVALUATIONS)) if evaluate_every is None else evaluate_every
+    check_budget("evaluate_every", every)
+    if keep_parameters not in ("best", "all"):
+        raise InvalidSweep(f"keep_parameters = {keep_parameters!r} is neither 'best' nor 'all'.")
+    tasks = {repr(c.loss): task.with_loss(c.loss) if c.loss is not task.loss else task for c in chosen}
+    for each in tasks.values():
+        each.check()
+    first = next(iter(tasks.values()))
+    choices = [engines.choose(engine, each, where) for each in tasks.values()]
+    choice = next((c for c in choices if c.engine == "sequential"), choices[0])
+    parameters = int(str(first.describe()["parameters"]))
+    work = float(len(plans)) * budget * parameters * task.batch_size
+    processes = _workers(workers, where, len(plans), work)
+    planned = packs.make_packs(
+        plans, engine=choice.engine, device=where, numbers_per_trial=parameters, workers=processes
+    )
+    spec = {
+        "task": first.describe(),
+        "task_code": task_code or _task_code(task),
+        "data": _fingerprint(task),
+        "optimizers": _described_optimizers(optimizers),
+        "losses": list(dict.fromkeys(c.loss.name for c in chosen)),
+        "seeds": _seeds(seeds),
+        "steps": budget,
+        "epochs": budget / steps_per_epoch(len(task.train.x), task.batch_size, task.drop_last),
+        "evaluate_every": every,
+        "samples": samples,
+        "search_seed": search_seed,
+        "engine": choice.engine,
+        "engine_reason": choice.reason,
+        "device": _device_name(where),
+        "workers": min(processes, len(planned)),
+        "keep_parameters": keep_parameters,
+        "batch_order": _batch_order(task),
+        "versions": _versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "packs": [list(pack.trials) for pack in planned],
+        "seconds": 0.0,
+        "trials_per_second": None,
+        "complete": False,
+    }
+    owner = TemporaryDirectory(prefix="fallline-") if out is None else None
+    path = Path(owner.name) / "run" if owner is not None else Path(str(out))
+    directory = _open(path, spec, resume, chosen, plans)
+    job = Job(tasks, plans, choice.engine, where, budget, every, path, keep_parameters)
+    _train(job, directory, progress, task.name, float(directory.spec["seconds"]), began)
+    return Result(path, owner=owner)
+
+
+def _train(
+    job: Job, directory: RunDirectory, progress: bool | None, name: str, seconds_before: float, began: float
+) -> None:
+    """Trains what is not trained yet and writes it down."""
+    planned = [Pack(i, tuple(trials)) for i, trials in enumerate(directory.spec["packs"])]
+    waiting, done = _still_to_do(job, directory, planned)
+    interrupt = Interrupt()
+    pending: list[Block] = []
+    written = time.monotonic()
+    if waiting:
+        title = f"sweep {name} ({job.engine})"
+        with Progress(title, len(job.plans), "trial", show=progress) as bar, interrupt.listening():
+            bar.start_from(done)
+            messages = workers.train_packs(
+                job, waiting, min(int(directory.spec["workers"]), len(waiting)), lambda: interrupt.requested
+            )
+            try:
+                for message in messages:
+                    if isinstance(message, Block):
+                        pending.append(message)
+                        bar.advance(_share_done(job, message), "stopping …" if interrupt.requested else "")
+                    if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+                        directory.append(pending)
+                        pending, written = [], time.monotonic()
+            finally:
+                directory.append(pending)
+    history = history_of(
+        directory.recorded(), len(job.plans), job.steps, job.evaluate_every, np.float64
+    )
+    higher = next(iter(job.tasks.values())).metric.higher_is_better
+    trials = with_results(directory.table(TRIALS).select(pl.exclude(_RESULT_COLUMNS)), history, higher)
+    complete = bool((trials["status"] != "interrupted").all())
+    seconds = seconds_before + time.monotonic() - began
+    ended = int((trials["status"] != "interrupted").sum())
+    directory.finish(trials, complete=complete, seconds=seconds, trials_per_second=ended / seconds)
+    if complete and job.keep_parameters == "best":
+        _keep_best_parameters(directory.path, trials, higher)
+
+
+_RESULT_COLUMNS = (
+    "status",
+    "ended_at",
+    "final_train_loss",
+    "final_metric",
+    "best_metric",
+    "best_step",
+    "final_validation_loss",
+)
+
+
+def _share_done(job: Job, block: Block) -> float:
+    """How many trials' worth of work is behind when this block is: a diverged trial is done at once."""
+    share = (block.evaluated_at - block.start) / job.steps * len(block.trials)
+    left = int(np.isnan(block.validation_loss).sum()) * (job.steps - block.evaluated_at) / job.steps
+    return share + left
+
+
+def _still_to_do(job: Job, directory: RunDirectory, planned: list[Pack]) -> tuple[list[Pack], float]:
+    """The packs that have not ended, each rid of a checkpoint that is ahead of the history, and the trials' worth done."""
+    table = directory.recorded().sort("start").group_by("trial").agg(
+        pl.col("evaluated_at").last(),
+        pl.len().alias("blocks"),
+        pl.col("train_loss").last().list.last().alias("last_loss"),
+    )
+    state = {row["trial"]: row for row in table.to_dicts()}
+    ends = evaluation_steps(job.steps, job.evaluate_every).tolist()
+    waiting: list[Pack] = []
+    done = 0.0
+    for pack in planned:
+        steps_recorded = []
+        for trial in pack.trials:
+            row = state.get(trial)
+            if row is None:
+                steps_recorded.append(0)
+                continue
+            whole = row["blocks"] == ends.index(row["evaluated_at"]) + 1
+            ended = row["last_loss"] is None or not np.isfinite(row["last_loss"])
+            steps_recorded.append(0 if not whole else job.steps if ended else row["evaluated_at"])
+        reached_step = min(steps_recorded)
+        if reached_step == job.steps:
+            done += len(pack.trials)
+            continue
+        place = job.folder / "packs" / f"{pack.index:05d}"
+        found = checkpoint.read(place)
+        if found is not None and found[1]["step"] > reached_step:
+            checkpoint.remove(place)
+            found = None
+        done += len(pack.trials) * (found[1]["step"] / job.steps if found is not None else 0.0)
+        waiting.append(pack)
+    return waiting, done
+
+
+def _keep_best_parameters(path: Path, trials: pl.DataFrame, higher_is_better: bool) -> None:
+    """Of each configuration, only the best trial's parameters stay."""
+    folder = path / "parameters"
+    kept = {int(p.stem) for p in folder.glob("*.safetensors")}
+    for _, group in trials.filter(pl.col("trial").is_in(list(kept))).group_by("configuration"):
+        best = best_trial(group.sort("trial"), higher_is_better)
+        for trial in group["trial"]:
+            if trial != best:
+                packs.parameters_file(path, trial).unlink()
+
+
+def _open(
+    path: Path, spec: dict[str, Any], resume: bool, chosen: Sequence[search.Configuration], plans: Sequence[TrialPlan]
+) -> RunDirectory:
+    if not resume:
+        return RunDirectory.create(path, spec, chosen, plans)
+    if not path.exists():
+        raise RunDirectoryError(f"there is nothing to resume at {path}: it does not exist. Leave resume out.")
+    directory = RunDirectory(path)
+    for key in spec.keys() - set(INCIDENTAL):
+        if _plain(spec[key]) != _plain(directory.spec.get(key)):
+            raise RunDirectoryError(
+                f"{path} holds another run: its {key} is {_short(directory.spec.get(key))}, not {_short(spec[key])}. "
+                "Resume with the settings of that run, or give another directory."
+            )
+    return directory
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _optimizers(given: Sequence[Optimizer] | Optimizer | None) -> list[Optimizer]:
+    if given is None:
+        return default_optimizers()
+    found = [given] if isinstance(given, Optimizer) else list(given)
+    if not found:
+        raise InvalidSweep("optimizers is empty: give at least one, or leave it out for the default ones.")
+    for each in found:
+        if not isinstance(each, Optimizer):
+            raise InvalidHyperparameter(f"{each!r} is not an optimizer of fallline: give one like fl.optim.adam().")
+    return found
+
+
+def _described_optimizers(given: Sequence[Optimizer] | Optimizer | None) -> list[dict[str, Any]]:
+    found = _optimizers(given)
+    return [
+        {
+            "label": label,
+            "name": optimizer.name,
+            "arguments": {name: _jsonable(value) for name, value in optimizer.arguments.items()},
+            "code": repr(optimizer),
+        }
+        for label, optimizer in zip(search.labels(found), found, strict=True)
+    ]
+
+
+def _jsonable(value: object) -> object:
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+
+
+def _losses(task: Task, given: Sequence[Any] | None) -> list[Loss]:
+    if given is None:
+        return [task.loss]
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise InvalidSweep(f"losses = {given!r} is not a list of losses: give for example losses=['mse', 'huber'].")
+    found = [as_loss(each) for each in given]
+    kinds = {loss.kind for loss in [*found, task.loss]}
+    if len(found) > 1 and "other" in kinds and not task.metric_was_given:
+        raise InvalidSweep(
+            "values of different losses cannot be compared, and no metric can be chosen for these: give the task a metric."
+        )
+    return found
+
+
+def _seeds(given: int | Sequence[int]) -> list[int]:
+    if isinstance(given, int) and not isinstance(given, bool):
+        if given < 1:
+            raise InvalidSweep(f"seeds = {given!r}: give at least 1 (8 or more let a ranking be sure).")
+        return list(range(given))
+    if isinstance(given, bool) or isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise InvalidSweep(f"seeds = {given!r} is neither a number of seeds nor a list of them.")
+    for seed in given:
+        check_seed(seed)
+    if len(set(given)) < len(given):
+        raise InvalidSweep(f"seeds = {list(given)!r} holds the same seed twice.")
+    return list(given)
+
+
+def _steps(task: Task, steps: int | None, epochs: int | None) -> int:
+    if steps is not None and epochs is not None:
+        raise InvalidSweep("give either epochs or steps, not both.")
+    if epochs is not None:
+        check_budget("epochs", epochs)
+        return epochs * steps_per_epoch(len(task.train.x), task.batch_size, task.drop_last)
+    steps = 1000 if steps is None else steps
+    check_budget("steps", steps)
+    return steps
+
+
+def _workers(given: int | str, device: torch.device, trials: int, work: float) -> int:
+    return workers.worker_count(given, device=device, packs=trials, work=work)
+
+
+def _fingerprint(task: Task) -> str:
+    """A digest of the data, so that a run is not resumed on other data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for data in (task.train, task.validation):
+        for tensor in (data.x, data.y):
+            stride = max(1, tensor.numel() // 2**20)
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.reshape(-1)[::stride].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _task_code(task: Task) -> str:
+    return f"fl.tasks.{task.name}()" if task.name in built_in_tasks else "task"
+
+
+def _batch_order(task: Task) -> str:
+    if not task.shuffle:
+        return "the samples as they stand, the same in every epoch"
+    short = "dropped" if task.drop_last else "kept"
+    return f"a new permutation every epoch, drawn by the trial's seed; a short last batch is {short}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fallline": importlib.metadata.version("fallline"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+

@@ -1,0 +1,283 @@
+"""The vectorised engine: a population trained as one tensor program.
+
+The parameters of all trials are stacked: row t of a flat matrix [trial, parameters] holds trial t, and each parameter is
+a view [trial, *shape] of it. One mapped forward and backward pass serves all trials; then each family (trials whose
+optimizers differ only in numbers) is updated by one call of its rule, with one number per row. No operation mixes rows,
+so a trial does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fallline.optim import Optimizer, State
+from fallline.sweeps.search import TrialPlan
+from fallline.tasks import Task
+from fallline.training.batches import BatchOrder
+from fallline.training.layout import FLAT, Layout
+from fallline.training.step import Program, gradients
+
+Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
+# Samples per mapped forward pass when the population is evaluated.
+EVALUATION_CHUNK = 512
+
+
+@dataclass
+class Family:
+    """Trials next to each other whose optimizers have one structure: their rows, numbers [row, 1] and state."""
+
+    optimizer: Optimizer
+    start: int
+    stop: int
+    numbers: dict[str, Tensor]
+    state: State
+
+
+class Population:
+    """Trials trained together. `rows` holds the number of each trial that is still in it."""
+
+    def __init__(self, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device) -> None:
+        self.task = task
+        self.steps = steps
+        self.device = device
+        self.step = 0
+        ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
+        self.rows = np.array([plan.index for plan in ordered])
+        self.seeds = [plan.seed for plan in ordered]
+        self.train = (task.train.x.to(device), task.train.y.to(device))
+        self.validation = (task.validation.x.to(device), task.validation.y.to(device))
+        self.orders = {
+            seed: BatchOrder(
+                len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle
+            )
+            for seed in dict.fromkeys(self.seeds)
+        }
+        self._stack_models()
+        self.families = self._make_families([plan.configuration.optimizer for plan in ordered])
+        self._index_rows()
+
+    @property
+    def alive(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[row], whether the trial's losses have all been finite."""
+        return self._alive.squeeze(1).cpu().numpy()
+
+    def train_steps(self, count: int) -> Array:
+        """Makes `count` steps; returns mini-batch losses [row, count], NaN from the step after the one that diverged."""
+        losses = torch.empty(len(self.rows), count, dtype=torch.float64, device=self.device)
+        for position in range(count):
+            losses[:, position] = torch.where(self._alive.squeeze(1), self._one_step(), torch.nan)
+        recorded = losses.cpu().numpy()
+        ended = (
+            np.cumsum(~np.isfinite(recorded), axis=1) > 1
+        )  # the first loss that is not finite is kept as it was
+        recorded[ended] = np.nan
+        return recorded
+
+    def evaluate(self) -> tuple[Array, Array]:
+        """The metric and the loss [row] on the validation data, in evaluation mode."""
+        x, y = self.validation
+        self.program.module.eval()
+        forward = vmap(self.program.predict, in_dims=(0, 0, None))
+        with torch.no_grad():
+            parts = [forward(self.leaves, self.constants, part) for part in x.split(EVALUATION_CHUNK)]
+            prediction = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            metric = vmap(self.task.metric, in_dims=(0, None))(prediction, y)
+            loss = vmap(self.task.loss, in_dims=(0, None))(prediction, y)
+        self.program.module.train()
+        return metric.double().cpu().numpy(), loss.double().cpu().numpy()
+
+    def compact(self) -> None:
+        """Lets diverged trials leave, so that they stop costing."""
+        keep = torch.from_numpy(np.flatnonzero(self.alive)).to(self.device)
+        if len(keep) == len(self.rows):
+            return
+        families = []
+        start = 0
+        for family in self.families:
+            own = keep[(keep >= family.start) & (keep < family.stop)] - family.start
+            if len(own):
+                numbers = {name: tensor[own] for name, tensor in family.numbers.items()}
+                state = _map(family.state, lambda tensor, own=own: tensor[own])
+                families.append(Family(family.optimizer, start, start + len(own), numbers, state))
+                start += len(own)
+        self.families = families
+        self._flat = self._flat[keep]
+        self.constants = {name: tensor[keep] for name, tensor in self.constants.items()}
+        kept = keep.cpu().numpy()
+        self.rows = self.rows[kept]
+        self.seeds = [self.seeds[i] for i in kept]
+        self._index_rows()
+
+    def parameters(self, row: int) -> dict[str, Tensor]:
+        """A copy of one trial's parameters and buffers, on the CPU."""
+        everything = {**self.constants, **self.layout.views(self._flat)}
+        return {name: tensor[row].detach().cpu().clone() for name, tensor in everything.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that going on from here needs, as tensors by name."""
+        kept = {"parameters": self._flat, "rows": torch.from_numpy(self.rows)}
+        kept.update({f"constants/{name}": tensor for name, tensor in self.constants.items()})
+        for number, family in enumerate(self.families):
+            kept[f"family/{number}/step"] = family.state["step"]
+            for name, slots in family.state["slots"].items():
+                kept.update(
+                    {f"family/{number}/slots/{slot}/{name}": tensor for slot, tensor in slots.items()}
+                )
+        return kept
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Goes back to where `tensors()` were taken, after `step` steps."""
+        inside = set(tensors["rows"].tolist())
+        self._alive = torch.tensor([[row in inside] for row in self.rows.tolist()], device=self.device)
+        self.compact()
+        self._flat.copy_(tensors["parameters"])
+        for name, tensor in self.constants.items():
+            tensor.copy_(tensors[f"constants/{name}"])
+        for number, family in enumerate(self.families):
+            family.state["step"] = tensors[f"family/{number}/step"].to(self.device)
+            for name, slots in family.state["slots"].items():
+                for slot in slots:
+                    slots[slot] = tensors[f"family/{number}/slots/{slot}/{name}"].to(self.device)
+        self.step = step
+
+    def losses_and_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of every trial on its mini-batch of this step: losses [row] and gradients [row, *shape]."""
+        x, y, dim = self._batch()
+        mapped = vmap(self.program.loss_at, in_dims=(0, 0, dim, dim), randomness="error")
+        losses = mapped(self.leaves, self.constants, x, y)
+        # Rows do not meet, so the gradient of the sum holds each row's own gradient.
+        return losses.detach(), gradients(losses.sum(), self.leaves)
+
+    def _one_step(self) -> Tensor:
+        losses, grads = self.losses_and_gradients()
+        with torch.no_grad():
+            for name, view in self._gradient_views.items():
+                view.copy_(grads[name])
+            alive = self._alive = self._alive & torch.isfinite(losses).unsqueeze(1)
+            # On a CPU asking whether all are alive is free, and saves a pass over the parameters.
+            unharmed = self.device.type == "cpu" and bool(alive.all())
+            for family in self.families:
+                self._update(family, None if unharmed else alive)
+        self.step += 1
+        return losses
+
+    def _update(self, family: Family, alive: Tensor | None) -> None:
+        rows = slice(family.start, family.stop)
+        if family.optimizer.elementwise:
+            updates, family.state = family.optimizer.update(
+                {FLAT: self._gradient[rows]},
+                family.state,
+                {FLAT: self._flat[rows]},
+                family.numbers,
+                steps=self.steps,
+            )
+            update = updates[FLAT]
+        else:
+            params = {name: view[rows] for name, view in self.layout.views(self._flat).items()}
+            grads = {name: view[rows] for name, view in self._gradient_views.items()}
+
+            def rule(g: Any, s: Any, p: Any, n: Any) -> Any:
+                return family.optimizer.update(g, s, p, n, steps=self.steps)
+
+            numbers = {name: tensor.squeeze(1) for name, tensor in family.numbers.items()}
+            made, family.state = vmap(rule)(grads, family.state, params, numbers)
+            update = self.layout.flatten(made, leading=1)
+        if alive is not None:
+            update = torch.where(alive[rows], update, 0)
+        self._flat[rows].add_(update)
+
+    def _batch(self) -> tuple[Tensor, Tensor, int | None]:
+        """Inputs and targets, with the dimension that holds the trial: None where all trials see the same batch."""
+        x, y = self.train
+        indices = [order.at(self.step) for order in self.orders.values()]
+        if len(indices) == 1:
+            index = indices[0].to(self.device)
+            return x.index_select(0, index), y.index_select(0, index), None
+        index = torch.stack(indices).to(self.device)[self._seed_of_row]
+        flat = index.flatten()
+        return (
+            x.index_select(0, flat).unflatten(0, index.shape),
+            y.index_select(0, flat).unflatten(0, index.shape),
+            0,
+        )
+
+    def _stack_models(self) -> None:
+        """Initial parameters and constants of every row, from one model per seed."""
+        flats: dict[int, Tensor] = {}
+        constants: dict[int, dict[str, Tensor]] = {}
+        with torch.random.fork_rng([]):
+            module = self.task.build_model(self.seeds[0])
+            used = self._parameters_in_use(Program(module, self.task.loss))
+            for seed in self.orders:
+                program = Program(self.task.build_model(seed), self.task.loss)
+                params = program.trainable()
+                self.layout = Layout.of({name: params[name] for name in used})
+                unused = {name: p.detach() for name, p in params.items() if name not in used}
+                flats[seed] = self.layout.flatten({name: params[name].detach() for name in used})
+                constants[seed] = {**unused, **program.constants()}
+        self.program = Program(program.module.to(self.device).train(), self.task.loss)
+        self._flat = torch.stack([flats[seed] for seed in self.seeds]).to(self.device)
+        self.constants = {
+            name: torch.stack([constants[seed][name] for seed in self.seeds]).to(self.device)
+            for name in constants[self.seeds[0]]
+        }
+        self._alive = torch.ones(len(self.rows), 1, dtype=torch.bool, device=self.device)
+
+    def _parameters_in_use(self, program: Program) -> list[str]:
+        """The parameters that get a gradient; torch.optim leaves the others as they are, and so do we."""
+        index = next(iter(self.orders.values())).at(0)
+        params = program.trainable()
+        loss = self.task.loss(
+            program.module(self.task.train.x.index_select(0, index)), self.task.train.y.index_select(0, index)
+        )
+        found = gradients(loss, params)
+        return [name for name in params if name in found]
+
+    def _make_families(self, optimizers: Sequence[Optimizer]) -> list[Family]:
+        families: list[Family] = []
+        start = 0
+        while start < len(optimizers):
+            structure = optimizers[start].structure
+            stop = start + 1
+            while stop < len(optimizers) and optimizers[stop].structure == structure:
+                stop += 1
+            own = optimizers[start:stop]
+            numbers = {
+                name: torch.tensor([[o.numbers[name]] for o in own], dtype=torch.float64, device=self.device)
+                for name in own[0].numbers
+            }
+            families.append(Family(own[0], start, stop, numbers, self._initial_state(own[0], start, stop)))
+            start = stop
+        return families
+
+    def _initial_state(self, optimizer: Optimizer, start: int, stop: int) -> State:
+        flat = self._flat[start:stop]
+        if not optimizer.elementwise:
+            state: State = vmap(optimizer.init)(self.layout.views(flat))
+            return _map(state, torch.Tensor.clone)
+        state = vmap(lambda p: optimizer.init({FLAT: p}))(flat)
+        # Numbers of the state broadcast against the flat rows like the hyperparameters: [row, 1].
+        return _map(state, lambda tensor: tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.clone())
+
+    def _index_rows(self) -> None:
+        """What depends on which rows there are."""
+        self._alive = torch.ones(len(self.rows), 1, dtype=torch.bool, device=self.device)
+        self.orders = {seed: self.orders[seed] for seed in dict.fromkeys(self.seeds)}
+        position = {seed: i for i, seed in enumerate(self.orders)}
+        self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
+        views = self.layout.views(self._flat)
+        self.leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
+        self._gradient = torch.zeros_like(self._flat)
+        self._gradient_views = self.layout.views(self._gradient)
+
+
+def _map(tree: Any, change: Any) -> Any:
+    """`change` applied to every tensor of a nested dictionary."""
+    return {k: _map(v, change) for k, v in tree.items()} if isinstance(tree, dict) else change(tree)

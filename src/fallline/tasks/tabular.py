@@ -1,0 +1,148 @@
+"""Built-in tasks on points and tables: line, digits, digits_cnn, diabetes, two_moons.
+
+The data sets ship with scikit-learn, which is imported only by the functions that need it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from fallline.losses import binary_cross_entropy_with_logits, cross_entropy, mse
+from fallline.tasks.data import Data, split
+from fallline.tasks.task import Task
+
+
+def mlp(sizes: tuple[int, ...], dtype: torch.dtype) -> nn.Sequential:
+    """Linear layers of the given sizes with ReLU between them. Values are drawn in float32 for every `dtype`.
+
+    >>> mlp((2, 32, 1), torch.float64)[0].weight.dtype
+    torch.float64
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def line(dtype: torch.dtype = torch.float32) -> Task:
+    """A straight line through 3 points: y = 2x at 1, 2, 3; one linear layer, squared error, full batch.
+
+    Training and validation data are the same three points, x and y of shape [3, 1].
+
+    >>> line().train.y.flatten()
+    tensor([2., 4., 6.])
+    """
+    x = torch.tensor([[1.0], [2.0], [3.0]], dtype=dtype)
+    return Task(
+        "line",
+        partial(_linear, dtype),
+        (x, 2 * x),
+        mse(),
+        validation="train",
+        batch_size=3,
+        source="Three points of y = 2x, made here.",
+    )
+
+
+def _linear(dtype: torch.dtype) -> nn.Module:
+    return nn.Linear(1, 1).to(dtype)
+
+
+def _digit_images(dtype: torch.dtype) -> Data:
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    images, labels = load_digits(return_X_y=True)
+    return Data(torch.tensor(images / 16, dtype=dtype), torch.tensor(labels, dtype=torch.int64))
+
+
+_DIGITS = (
+    "scikit-learn's load_digits: 1,797 handwritten digits of 8×8 pixels from the UCI data set 'Optical "
+    "Recognition of Handwritten Digits'; pixels divided by 16; a fifth split off for validation by seed 0."
+)
+
+
+def digits(dtype: torch.dtype = torch.float32) -> Task:
+    """Handwritten digits of 8×8 pixels; a network 64-64-10, cross-entropy, batches of 64.
+
+    x [N, 64] from 0 to 1, y [N] from 0 to 9.
+    """
+    model = partial(mlp, (64, 64, 10), dtype)
+    return Task("digits", model, _digit_images(dtype), cross_entropy(), batch_size=64, source=_DIGITS)
+
+
+def digits_cnn(dtype: torch.dtype = torch.float32) -> Task:
+    """Handwritten digits of 8×8 pixels; two small convolutions, cross-entropy, batches of 64.
+
+    x [N, 1, 8, 8] from 0 to 1, y [N] from 0 to 9.
+    """
+    flat = _digit_images(dtype)
+    images = Data(flat.x.reshape(-1, 1, 8, 8), flat.y)
+    model = partial(_digits_cnn, dtype)
+    return Task("digits_cnn", model, images, cross_entropy(), batch_size=64, source=_DIGITS)
+
+
+def _digits_cnn(dtype: torch.dtype) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    ).to(dtype)
+
+
+def diabetes(dtype: torch.dtype = torch.float32) -> Task:
+    """Progression of diabetes after a year from ten measurements; a network 10-32-1, squared error, batches
+    of 64.
+
+    x [N, 10] and y [N, 1], both standardised by the mean and standard deviation of the training samples.
+    """
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    train, validation = split(Data(torch.tensor(x), torch.tensor(y)[:, None]), 0.2, seed=0)
+    x_std, x_mean = torch.std_mean(train.x, dim=0, correction=0)
+    y_std, y_mean = torch.std_mean(train.y, dim=0, correction=0)
+    pairs = [((part.x - x_mean) / x_std, (part.y - y_mean) / y_std) for part in (train, validation)]
+    scaled = [Data(*pair).to(dtype) for pair in pairs]
+    return Task(
+        "diabetes",
+        partial(mlp, (10, 32, 1), dtype),
+        scaled[0],
+        mse(),
+        validation=scaled[1],
+        batch_size=64,
+        source=(
+            "scikit-learn's load_diabetes: 442 patients (Efron et al., 'Least Angle Regression', 2004); "
+            "standardised by the training samples; a fifth split off for validation by seed 0."
+        ),
+    )
+
+
+def two_moons(dtype: torch.dtype = torch.float32) -> Task:
+    """Two interleaved half circles with noise; a network 2-32-1, binary cross-entropy with logits, batches of
+    64.
+
+    x [N, 2], y [N, 1] of 0 or 1.
+    """
+    from sklearn.datasets import make_moons
+
+    x, y = make_moons(n_samples=1000, noise=0.2, random_state=0)
+    return Task(
+        "two_moons",
+        partial(mlp, (2, 32, 1), dtype),
+        (torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype)[:, None]),
+        binary_cross_entropy_with_logits(),
+        batch_size=64,
+        source=(
+            "Generated by scikit-learn's make_moons(n_samples=1000, noise=0.2, random_state=0); a fifth "
+            "split off for validation by seed 0."
+        ),
+    )

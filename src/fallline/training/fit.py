@@ -1,0 +1,302 @@
+"""`fit`: one trial, trained to the end, kept safe on the way, and judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fallline.errors import InvalidHyperparameter, InvalidSweep, RunDirectoryError
+from fallline.losses import Loss
+from fallline.optim import Optimizer
+from fallline.tasks import Task
+from fallline.training import checkpoint
+from fallline.training.batches import steps_per_epoch
+from fallline.training.device import resolve_device
+from fallline.training.history import History
+from fallline.training.interrupt import Interrupt
+from fallline.training.progress import Progress
+from fallline.training.trial import Trial
+from fallline.training.verdict import Verdict, verdict
+
+CHECKPOINT = "checkpoint"
+# Between two checkpoints at least this many seconds pass, so that writing them costs little.
+SECONDS_BETWEEN_CHECKPOINTS = 10.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `fit` returns.
+
+    Attributes:
+        model: the trained model; after early stopping, as it was at its best evaluation.
+        history: losses per step and evaluations.
+        verdict: how it went, and what to do about it.
+        task, optimizer, seed: what was trained.
+        steps: how many updates were made.
+        stopped: why it ended before its budget: "early stopping", "diverged", "interrupted", or "" if it did not.
+    """
+
+    model: nn.Module
+    history: History
+    verdict: Verdict
+    task: Task
+    optimizer: Optimizer
+    seed: int
+    steps: int
+    stopped: str
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What `on_epoch` is told: the epoch just ended (from 1), of how many, its last mini-batch loss and evaluation."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    metric: float
+    validation_loss: float
+
+
+def fit(
+    task: Task,
+    optimizer: Optimizer,
+    *,
+    loss: Loss | Callable[..., Any] | str | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    patience: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> Run:
+    """Trains one configuration with one seed: exactly what the plain PyTorch loop does.
+
+    Args:
+        task: what is trained.
+        optimizer: an optimizer with concrete hyperparameters.
+        loss: trains with this loss instead of the task's.
+        epochs: passes over the training data (20 when neither this nor `steps` is given).
+        steps: updates, instead of epochs.
+        seed: of the parameters and of the order of the mini-batches.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        patience: stop early when the validation metric has not improved for so many epochs, and return the best model.
+        out: a directory for checkpoints.
+        resume: go on from the checkpoint in `out`, if there is one.
+        progress: a progress bar; by default when a terminal watches.
+        on_epoch: called after every epoch.
+
+    Returns:
+        The trained model with its history and a verdict. Ctrl-C ends training and returns what there is.
+
+    Raises:
+        InvalidTask, LossMismatch: when the task cannot be trained as it is.
+        InvalidSweep: for a budget that is none.
+        RunDirectoryError: when `out` holds another run or cannot be written.
+
+    >>> import fallline as fl
+    >>> run = fl.fit(fl.tasks.line(), fl.optim.sgd(lr=0.05), epochs=200)
+    >>> round(float(run.model.weight), 1), run.verdict.outcome.value
+    (2.0, 'converged')
+    """
+    where = resolve_device(device)
+    budget, per_epoch = _budget(task, epochs, steps)
+    check_seed(seed)
+    if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+        raise InvalidSweep(f"patience = {patience!r} is not a whole number of at least 1.")
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidHyperparameter(
+            f"{optimizer!r} is not an optimizer of fallline: give one like fl.optim.adam()."
+        )
+    lr = learning_rate(optimizer)
+    if loss is not None:
+        task = task.with_loss(loss)
+    task.check()
+    trial = Trial(task, optimizer, seed, steps=budget, device=where)
+    record = _Record(trial, budget, per_epoch, patience)
+    identity = {"task": task.name, "loss": repr(task.loss), "optimizer": repr(optimizer), "seed": seed}
+    folder = _folder(out, identity, resume, record)
+    interrupt, stopped, written = Interrupt(), record.stopped(), time.monotonic()
+    with interrupt.listening(), Progress(f"fit {task.name}", budget, "step", show=progress) as bar:
+        bar.start_from(trial.step)
+        while not stopped:
+            report = record.epoch()
+            bar.advance(trial.step - bar.done, f"loss {report.loss:.4g}")
+            if on_epoch is not None:
+                on_epoch(report)
+            stopped = "interrupted" if interrupt.requested else record.stopped()
+            if folder is not None and (stopped or time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS):
+                checkpoint.write(folder, record.tensors(), {**identity, "step": trial.step})
+                written = time.monotonic()
+    history = record.history()
+    if patience is not None:
+        record.restore_best()
+    return Run(
+        trial.module,
+        history,
+        verdict(history.train_loss, per_epoch, lr),
+        task,
+        optimizer,
+        seed,
+        trial.step,
+        "" if stopped == "finished" else stopped,
+    )
+
+
+def learning_rate(optimizer: Optimizer) -> float | None:
+    """The optimizer's learning rate where it is one number.
+
+    Raises:
+        InvalidHyperparameter: when it is 0, with which nothing would be learnt.
+    """
+    lr = optimizer.arguments.get("lr")
+    if isinstance(lr, int | float) and lr <= 0:
+        raise InvalidHyperparameter(
+            f"lr = {lr!r} would leave the model as it is: give a learning rate above 0."
+        )
+    return float(lr) if isinstance(lr, int | float) else None
+
+
+def check_seed(seed: object) -> None:
+    """A seed is a whole number that torch's generators take.
+
+    Raises:
+        InvalidSweep: for anything else.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InvalidSweep(f"seed = {seed!r} is not a whole number of at least 0.")
+
+
+def check_budget(name: str, value: object) -> None:
+    """Steps and epochs are whole numbers above 0.
+
+    Raises:
+        InvalidSweep: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidSweep(f"{name} = {value!r} is not a whole number of at least 1.")
+
+
+def _budget(task: Task, epochs: int | None, steps: int | None) -> tuple[int, int]:
+    """The number of steps, and how many make an epoch."""
+    per_epoch = steps_per_epoch(len(task.train.x), task.batch_size, task.drop_last)
+    if steps is not None and epochs is not None:
+        raise InvalidSweep("give either epochs or steps, not both.")
+    if steps is not None:
+        check_budget("steps", steps)
+        return steps, per_epoch
+    epochs = 20 if epochs is None else epochs
+    check_budget("epochs", epochs)
+    return epochs * per_epoch, per_epoch
+
+
+def _folder(out: str | Path | None, identity: dict[str, Any], resume: bool, record: _Record) -> Path | None:
+    """The checkpoint folder, with the record put back to what it holds."""
+    if out is None:
+        if resume:
+            raise RunDirectoryError("resume=True needs the directory of the run: give out=….")
+        return None
+    folder = Path(out) / CHECKPOINT
+    found = checkpoint.read(folder)
+    if found is None:
+        if Path(out).is_dir() and any(Path(out).iterdir()):
+            raise RunDirectoryError(f"{out} is not empty and holds no checkpoint: give another directory.")
+        return folder
+    tensors, state = found
+    if not resume:
+        raise RunDirectoryError(
+            f"{out} holds another run: give resume=True to go on with it, or another directory."
+        )
+    for key, value in identity.items():
+        if state.get(key) != value:
+            raise RunDirectoryError(
+                f"{out} holds another run: its {key} is {state.get(key)!r}, not {value!r}. Give another directory."
+            )
+    record.restore(tensors, state["step"])
+    return folder
+
+
+class _Record:
+    """A trial with what was recorded of it."""
+
+    def __init__(self, trial: Trial, budget: int, per_epoch: int, patience: int | None) -> None:
+        self.trial = trial
+        self.budget = budget
+        self.per_epoch = per_epoch
+        self.patience = patience
+        self.losses = np.zeros(0)
+        self.evaluations = np.zeros((0, 3))  # step, metric, validation loss
+        self.best_model: dict[str, torch.Tensor] = {}
+
+    def epoch(self) -> EpochReport:
+        """Trains to the end of the epoch, or of the budget, and evaluates."""
+        trial = self.trial
+        end = min(self.budget, (trial.step // self.per_epoch + 1) * self.per_epoch)
+        losses = trial.train_steps(end - trial.step)
+        self.losses = np.concatenate([self.losses, losses[: trial.step - len(self.losses)]])
+        metric, validation_loss = trial.evaluate() if trial.alive else (np.nan, np.nan)
+        self.evaluations = np.vstack([self.evaluations, [trial.step, metric, validation_loss]])
+        if self.patience is not None and self._best() == len(self.evaluations) - 1:
+            self.best_model = trial.parameters()
+        return EpochReport(
+            -(-trial.step // self.per_epoch),
+            -(-self.budget // self.per_epoch),
+            float(self.losses[-1]),
+            metric,
+            validation_loss,
+        )
+
+    def stopped(self) -> str:
+        """Why training is over, or "" while it is not."""
+        if not self.trial.alive:
+            return "diverged"
+        if self.trial.step >= self.budget:
+            return "finished"
+        if self.patience is not None and len(self.evaluations) - 1 - self._best() >= self.patience:
+            return "early stopping"
+        return ""
+
+    def restore_best(self) -> None:
+        """Puts the model back to its best evaluation."""
+        if self.best_model:
+            self.trial.module.load_state_dict(self.best_model)
+
+    def history(self) -> History:
+        return History(
+            step=np.arange(len(self.losses)),
+            train_loss=self.losses,
+            evaluation_step=self.evaluations[:, 0].astype(np.int64),
+            metric=self.evaluations[:, 1],
+            validation_loss=self.evaluations[:, 2],
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            **{f"trial/{name}": tensor for name, tensor in self.trial.tensors().items()},
+            **{f"best/{name}": tensor for name, tensor in self.best_model.items()},
+            "losses": torch.from_numpy(self.losses),
+            "evaluations": torch.from_numpy(self.evaluations),
+        }
+
+    def restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        self.losses = tensors["losses"].numpy()
+        self.evaluations = tensors["evaluations"].numpy()
+        self.best_model = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+        own = {n.removeprefix("trial/"): t for n, t in tensors.items() if n.startswith("trial/")}
+        self.trial.restore(own, step)
+        self.trial.alive = bool(np.isfinite(self.losses).all())
+
+    def _best(self) -> int:
+        """Which evaluation was the best so far (the first of equals)."""
+        metric = self.evaluations[:, 1]
+        sign = 1 if self.trial.task.metric.higher_is_better else -1
+        return int(np.argmax(np.where(np.isnan(metric), -np.inf, sign * metric))) if len(metric) else 0

@@ -1,0 +1,55 @@
+"""The pure step: a model's loss and gradients as functions of its parameters, and the update that follows.
+
+`Program` has the two forms in which a model is run: as the module it is (any module), and as a function of parameters
+and buffers that can be mapped over stacked ones (modules that torch.func accepts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fallline.losses import Loss
+
+Named = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model and a loss as functions.
+
+    Attributes:
+        module: the model; for the functional form its own parameters are not looked at.
+        loss: what is minimised.
+    """
+
+    module: nn.Module
+    loss: Loss
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name; a tied parameter once."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def constants(self) -> dict[str, Tensor]:
+        """What else the forward pass reads: buffers and frozen parameters."""
+        frozen = {name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {**frozen, **dict(self.module.named_buffers())}
+
+    def predict(self, params: Named, constants: Named, x: Tensor) -> Tensor:
+        """The functional form of the model: prediction for `x` with these parameters."""
+        prediction: Tensor = functional_call(self.module, {**params, **constants}, (x,))
+        return prediction
+
+    def loss_at(self, params: Named, constants: Named, x: Tensor, y: Tensor) -> Tensor:
+        """The functional form of the model and its loss: a scalar."""
+        return self.loss(self.predict(params, constants, x), y)
+
+
+def gradients(loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a scalar by parameter name; a parameter that had no part in it is left out, as in torch.optim."""
+    found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    return {name: g for name, g in zip(params, found, strict=True) if g is not None}

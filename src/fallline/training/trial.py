@@ -1,0 +1,193 @@
+"""A trial under way: one model, one optimizer, one seed. `fit` and the sequential engine both run this.
+
+The model is run as the module that it is, so any module will do. Where the optimizer works element by element and every
+parameter takes part, the parameters are views of one flat vector and the rule is called once per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fallline.optim import Optimizer, State
+from fallline.tasks import Task
+from fallline.training.batches import BatchOrder
+from fallline.training.layout import FLAT, Layout
+from fallline.training.step import Program, gradients
+
+# Samples per forward pass when the model is evaluated.
+EVALUATION_CHUNK = 1024
+
+
+class Trial:
+    """One configuration with one seed, from `torch.manual_seed(seed); task.model()` on.
+
+    The random numbers that the model draws while training (dropout) continue the stream that made its parameters, as
+    in a plain loop, whatever else draws random numbers in between.
+    """
+
+    def __init__(
+        self, task: Task, optimizer: Optimizer, seed: int, *, steps: int, device: torch.device
+    ) -> None:
+        self.task = task
+        self.optimizer = optimizer
+        self.seed = seed
+        self.steps = steps
+        self.device = device
+        self.step = 0
+        self.alive = True
+        with torch.random.fork_rng(_cuda_index(device)):
+            module = task.build_model(seed).to(device)
+            self._random = _random_state(device)
+        module.train()
+        self.program = Program(module, task.loss)
+        self.params: dict[str, Tensor] = dict(self.program.trainable())
+        self.order = BatchOrder(
+            len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle
+        )
+        self.train = (task.train.x.to(device), task.train.y.to(device))
+        self.validation = (task.validation.x.to(device), task.validation.y.to(device))
+        self.layout: Layout | None = None
+        self.flat: Tensor | None = None
+        self.state: State = {}
+        self._numbers = {
+            n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in optimizer.numbers.items()
+        }
+        self._lay_out()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, with the parameters that it has now."""
+        return self.program.module
+
+    def train_steps(self, count: int) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
+        """Makes `count` steps; returns their mini-batch losses, NaN from the step after the one that diverged."""
+        losses: list[Tensor] = []
+        with self._own_random_numbers():
+            for _ in range(count):
+                losses.append(self._one_step())
+                if self.device.type == "cpu" and not losses[-1].isfinite():
+                    break
+        recorded = torch.stack(losses).double().cpu().numpy() if losses else np.zeros(0)
+        bad = np.flatnonzero(~np.isfinite(recorded))
+        if bad.size:
+            self.alive = False
+            recorded[bad[0] + 1 :] = np.nan
+        return np.concatenate([recorded, np.full(count - len(recorded), np.nan)])
+
+    def evaluate(self) -> tuple[float, float]:
+        """The metric and the loss on the validation data, in evaluation mode."""
+        x, y = self.validation
+        was_training = self.module.training
+        self.module.eval()
+        with torch.no_grad(), self._own_random_numbers():
+            prediction = torch.cat([self.module(part) for part in x.split(EVALUATION_CHUNK)])
+            metric, loss = self.task.metric(prediction, y), self.task.loss(prediction, y)
+        self.module.train(was_training)
+        return float(metric), float(loss)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """A copy of the model's state as it is now, parameters and buffers, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that going on from here needs, as tensors by name."""
+        kept = {f"model/{name}": tensor for name, tensor in self.parameters().items()}
+        kept["optimizer/step"] = self.state["step"]
+        for name, slots in self.state["slots"].items():
+            kept.update({f"optimizer/slots/{slot}/{name}": tensor for slot, tensor in slots.items()})
+        kept["random/cpu"] = self._random[0]
+        if len(self._random) > 1:
+            kept["random/device"] = self._random[1]
+        return kept
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Goes back to where `tensors()` were taken, after `step` steps."""
+        model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+        self.module.load_state_dict(model)
+        slots: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/slots/"):
+                slot, parameter = name.removeprefix("optimizer/slots/").split("/", 1)
+                slots.setdefault(parameter, {})[slot] = tensor.to(self.device)
+        if self.flat is not None and slots.keys() != {FLAT}:
+            self._separate()
+        self.state = {
+            "step": tensors["optimizer/step"].to(self.device),
+            "slots": {**{name: {} for name in self.state["slots"]}, **slots},
+        }
+        self._random = [t for name, t in sorted(tensors.items()) if name.startswith("random/")]
+        self.step = step
+        self.alive = True
+
+    def _one_step(self) -> Tensor:
+        index = self.order.at(self.step).to(self.device)
+        x, y = self.train[0].index_select(0, index), self.train[1].index_select(0, index)
+        loss = self.task.loss(self.module(x), y)
+        grads = gradients(loss, self.params)
+        loss = loss.detach()
+        with torch.no_grad():
+            self._update(grads, torch.isfinite(loss))
+        self.step += 1
+        return loss
+
+    def _update(self, grads: dict[str, Tensor], finite: Tensor) -> None:
+        """The optimizer's step, unless the loss is not finite: then the parameters stay as they are."""
+        if self.flat is not None and len(grads) < len(self.params):
+            self._separate()
+        if self.flat is not None and self.layout is not None:
+            flat = {FLAT: self.layout.flatten(grads)}
+            updates, self.state = self.optimizer.update(
+                flat, self.state, {FLAT: self.flat}, self._numbers, steps=self.steps
+            )
+            self.flat.add_(torch.where(finite, updates[FLAT], 0))
+            return
+        updates, self.state = self.optimizer.update(
+            grads, self.state, self.params, self._numbers, steps=self.steps
+        )
+        for name, update in updates.items():
+            self.params[name].add_(torch.where(finite, update, 0))
+
+    def _lay_out(self) -> None:
+        """Makes the parameters views of one flat vector, where the optimizer allows it."""
+        dtypes = {p.dtype for p in self.params.values()}
+        if self.optimizer.elementwise and len(dtypes) == 1:
+            with torch.no_grad():
+                self.layout = Layout.of(self.params)
+                self.flat = self.layout.flatten(self.params)
+                for name, view in self.layout.views(self.flat).items():
+                    self.params[name].data = view
+            self.state = self.optimizer.init({FLAT: self.flat})
+        else:
+            self.state = self.optimizer.init({name: p.detach() for name, p in self.params.items()})
+
+    def _separate(self) -> None:
+        """Goes on parameter by parameter: some parameter takes no part in the loss, and is not to be updated."""
+        assert self.layout is not None
+        self.state = self.layout.split(self.state)
+        self.flat = self.layout = None
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        with torch.random.fork_rng(_cuda_index(self.device)):
+            torch.set_rng_state(self._random[0])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random[1], self.device)
+            yield
+            self._random = _random_state(self.device)
+
+
+def _cuda_index(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states

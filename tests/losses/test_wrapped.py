@@ -1,0 +1,178 @@
+"""Whatever serves as a loss is accepted, used exactly as it is, and checked where it is one of torch's."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fallline import losses
+from fallline.errors import LossMismatch, UnknownName
+from fallline.losses import as_loss
+
+GENERATOR = torch.Generator().manual_seed(0)
+OUTPUTS = torch.randn(6, 3, generator=GENERATOR)
+NUMBERS = torch.randn(6, 3, generator=GENERATOR)
+INDEX = torch.tensor([0, 2, 1, 1, 0, -100])
+
+KNOWN = [
+    (nn.MSELoss(), "regression", OUTPUTS, NUMBERS),
+    (nn.L1Loss(reduction="sum"), "regression", OUTPUTS, NUMBERS),
+    (nn.SmoothL1Loss(beta=0.5), "regression", OUTPUTS, NUMBERS),
+    (nn.HuberLoss(delta=0.5), "regression", OUTPUTS, NUMBERS),
+    (nn.CrossEntropyLoss(label_smoothing=0.1), "classification", OUTPUTS, INDEX),
+    (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])), "classification", OUTPUTS, INDEX),
+    (nn.CrossEntropyLoss(), "classification", OUTPUTS, NUMBERS.softmax(1)),
+    (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 3.0])), "classification", OUTPUTS.log_softmax(1), INDEX),
+    (nn.BCELoss(), "binary", OUTPUTS.sigmoid(), NUMBERS.sigmoid()),
+    (nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), "binary", OUTPUTS, NUMBERS.sigmoid()),
+    (functional.mse_loss, "regression", OUTPUTS, NUMBERS),
+    (functional.l1_loss, "regression", OUTPUTS, NUMBERS),
+    (functional.smooth_l1_loss, "regression", OUTPUTS, NUMBERS),
+    (partial(functional.huber_loss, delta=0.5), "regression", OUTPUTS, NUMBERS),
+    (functional.cross_entropy, "classification", OUTPUTS, INDEX),
+    (
+        partial(functional.nll_loss, ignore_index=2),
+        "classification",
+        OUTPUTS.log_softmax(1),
+        INDEX.clamp(min=0),
+    ),
+    (functional.binary_cross_entropy, "binary", OUTPUTS.sigmoid(), NUMBERS.sigmoid()),
+    (functional.binary_cross_entropy_with_logits, "binary", OUTPUTS, NUMBERS.sigmoid()),
+]
+
+
+@pytest.mark.parametrize(("thing", "kind", "prediction", "target"), KNOWN)
+def test_torchs_own_losses_are_used_as_they_are(thing, kind: str, prediction: Tensor, target: Tensor) -> None:  # type: ignore[no-untyped-def]
+    loss = as_loss(thing)
+    assert loss.kind == kind
+    loss.check(prediction, target)
+    assert torch.equal(loss(prediction, target), thing(prediction, target))
+    values, weights = loss.terms(prediction, target)
+    total = values.sum() if loss.reduction == "sum" else values.mean()
+    if weights is not None:
+        total = values.sum() / weights.sum()
+    torch.testing.assert_close(total, thing(prediction, target))
+    assert loss.per_sample(prediction, target).shape == (6,)
+    json.dumps(dict(loss.arguments))
+
+
+@pytest.mark.parametrize(("thing", "kind", "prediction", "target"), KNOWN)
+def test_torchs_own_losses_are_checked_like_ours(
+    thing, kind: str, prediction: Tensor, target: Tensor
+) -> None:  # type: ignore[no-untyped-def]
+    wrong = target[:, None].float() if kind != "classification" else INDEX + 7
+    with pytest.raises(LossMismatch):
+        as_loss(thing).check(prediction, wrong)
+
+
+def test_a_module_is_not_changed_by_being_wrapped() -> None:
+    module = nn.MSELoss()
+    as_loss(module).per_sample(OUTPUTS, NUMBERS)
+    assert module.reduction == "mean"
+
+
+def test_a_loss_of_probabilities_refuses_logits() -> None:
+    with pytest.raises(LossMismatch, match="binary_cross_entropy_with_logits"):
+        as_loss(nn.BCELoss()).check(OUTPUTS, NUMBERS.sigmoid())
+
+
+def test_nll_refuses_probabilities_as_targets() -> None:
+    with pytest.raises(LossMismatch, match=r"target\.argmax\(1\)"):
+        as_loss(nn.NLLLoss()).check(OUTPUTS.log_softmax(1), NUMBERS.softmax(1))
+
+
+def test_any_callable_is_a_loss_of_kind_other() -> None:
+    def furthest(prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).abs().max()
+
+    loss = as_loss(furthest)
+    assert (loss.name, loss.kind) == ("furthest", "other")
+    assert loss(OUTPUTS, NUMBERS) == furthest(OUTPUTS, NUMBERS)
+    loss.check(OUTPUTS, INDEX)  # nothing is known, nothing is refused
+    with pytest.raises(LossMismatch, match="furthest gives one number for a batch"):
+        loss.per_sample(OUTPUTS, NUMBERS)
+
+
+def test_a_module_of_ones_own_is_a_loss_too() -> None:
+    class Furthest(nn.Module):
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return (prediction - target).abs().max()
+
+    class Ignorant(Furthest):
+        reduction = "mean"
+
+    for module in (Furthest(), Ignorant()):
+        loss = as_loss(module)
+        assert loss(OUTPUTS, NUMBERS) == module(OUTPUTS, NUMBERS)
+        with pytest.raises(LossMismatch, match="one number for a batch"):
+            loss.per_sample(OUTPUTS, NUMBERS)
+
+
+def test_batchmean_sums_within_a_sample() -> None:
+    module = nn.KLDivLoss(reduction="batchmean")
+    loss = as_loss(module)
+    prediction, target = OUTPUTS.log_softmax(1), NUMBERS.softmax(1)
+    torch.testing.assert_close(loss.per_sample(prediction, target).mean(), module(prediction, target))
+
+
+@pytest.mark.parametrize(
+    ("thing", "code"),
+    [
+        (nn.MSELoss(), "torch.nn.MSELoss()"),
+        (nn.HuberLoss(delta=2.0), "torch.nn.HuberLoss(delta=2.0)"),
+        (
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0])),
+            "torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))",
+        ),
+        (functional.mse_loss, "torch.nn.functional.mse_loss"),
+        (
+            partial(functional.huber_loss, delta=2.0),
+            "functools.partial(torch.nn.functional.huber_loss, delta=2.0)",
+        ),
+        ("l1", "torch.nn.L1Loss()"),
+    ],
+)
+def test_the_code_of_a_wrapped_loss_makes_it_again(thing: object, code: str) -> None:
+    assert as_loss(thing).code() == code
+
+
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [
+        ("mes", "Did you mean 'mse'"),
+        (nn.MSELoss, r"MSELoss\(\)"),
+        (losses.mse, r"call it, mse\(\)"),
+        (3, "of type int"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_what_is_no_loss_is_refused(thing: object, words: str) -> None:
+    with pytest.raises(UnknownName, match=words):
+        as_loss(thing)
+
+
+@pytest.mark.parametrize(
+    "thing", [nn.MSELoss(reduction="none"), partial(functional.mse_loss, reduction="none")]
+)
+def test_a_loss_without_reduction_is_refused(thing: object) -> None:
+    with pytest.raises(LossMismatch, match="reduction='mean'"):
+        as_loss(thing)
+
+
+@pytest.mark.parametrize("loss", [*(make() for make in losses.registry.values()), as_loss(nn.MSELoss())])
+def test_a_loss_survives_pickling(loss: losses.Loss) -> None:
+    again = pickle.loads(pickle.dumps(loss))
+    target = INDEX if loss.kind == "classification" else NUMBERS.sigmoid()
+    assert torch.equal(again(OUTPUTS, target), loss(OUTPUTS, target))
+    assert again.code() == loss.code()
+
+
+def test_a_loss_passes_through() -> None:
+    loss = losses.mse()
+    assert as_loss(loss) is loss
