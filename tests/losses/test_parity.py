@@ -52,9 +52,7 @@ def assert_same(
 def test_mse_and_l1_are_torchs(pair: Any, shape: tuple[int, ...], reduction: str, seed: int) -> None:
     name, function = pair
     ours = losses.get(name)(reduction=reduction)
-    assert_same(
-        ours, lambda p, t: function(p, t, reduction=reduction), drawn(seed, *shape), drawn(seed + 1, *shape)
-    )
+    assert_same(ours, lambda p, t: function(p, t, reduction=reduction), drawn(seed, *shape), drawn(seed + 1, *shape))
 
 
 @CHEAP
@@ -72,9 +70,7 @@ def test_huber_is_torchs(shape: tuple[int, ...], reduction: str, delta: float, s
 def test_huber_is_torchs_at_its_joint_and_at_zero() -> None:
     prediction = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
     for delta in (1.0, torch.tensor(1.0, dtype=torch.float64)):
-        assert_same(
-            losses.huber(delta=delta), functional.huber_loss, prediction, torch.zeros_like(prediction)
-        )
+        assert_same(losses.huber(delta=delta), functional.huber_loss, prediction, torch.zeros_like(prediction))
 
 
 @CHEAP
@@ -94,9 +90,7 @@ def test_cross_entropy_of_labels_is_torchs(
     target[0] = ignored
     target[1] = 1  # at least one label counts
     weight = torch.tensor([0.2, 1.0, 2.0, 3.5], dtype=torch.float64) if weighted else None
-    ours = losses.cross_entropy(
-        weight=weight, ignore_index=ignored, label_smoothing=smoothing, reduction=reduction
-    )
+    ours = losses.cross_entropy(weight=weight, ignore_index=ignored, label_smoothing=smoothing, reduction=reduction)
     torchs = torch.nn.CrossEntropyLoss(
         weight=weight, ignore_index=ignored, label_smoothing=smoothing, reduction=reduction
     )
@@ -177,9 +171,9 @@ def test_hyperparameters_may_be_vmapped() -> None:
     smoothings = torch.tensor([0.0, 0.2], dtype=torch.float64)
     hubers = vmap(lambda delta: losses.huber(delta=delta)(prediction, target))(deltas)
     smoothed = vmap(lambda e: losses.cross_entropy(label_smoothing=e)(prediction, index))(smoothings)
-    weighted = vmap(
-        lambda e: losses.cross_entropy(weight=[1, 2, 3, 4], label_smoothing=e)(prediction, index)
-    )(smoothings)
+    weighted = vmap(lambda e: losses.cross_entropy(weight=[1, 2, 3, 4], label_smoothing=e)(prediction, index))(
+        smoothings
+    )
     for each in range(2):
         delta, smoothing = float(deltas[each]), float(smoothings[each])
         torch.testing.assert_close(hubers[each], losses.huber(delta=delta)(prediction, target))
@@ -211,9 +205,7 @@ def test_extreme_logits_stay_finite_and_right(size: float, dtype: torch.dtype) -
 def test_where_every_label_is_ignored_the_loss_and_its_gradient_are_zero(weight: list[float] | None) -> None:
     loss = losses.cross_entropy(weight=weight, label_smoothing=0.1)
     prediction, target = drawn(0, 4, 3), torch.full((4,), -100)
-    assert functional.cross_entropy(prediction, target).isnan(), (
-        "torch gives NaN here, the documented difference"
-    )
+    assert functional.cross_entropy(prediction, target).isnan(), "torch gives NaN here, the documented difference"
     assert loss(prediction, target) == 0
     assert (grad(loss)(prediction, target) == 0).all()
 

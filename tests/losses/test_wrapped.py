@@ -63,9 +63,7 @@ def test_torchs_own_losses_are_used_as_they_are(thing, kind: str, prediction: Te
 
 
 @pytest.mark.parametrize(("thing", "kind", "prediction", "target"), KNOWN)
-def test_torchs_own_losses_are_checked_like_ours(
-    thing, kind: str, prediction: Tensor, target: Tensor
-) -> None:  # type: ignore[no-untyped-def]
+def test_torchs_own_losses_are_checked_like_ours(thing, kind: str, prediction: Tensor, target: Tensor) -> None:  # type: ignore[no-untyped-def]
     wrong = target[:, None].float() if kind != "classification" else INDEX + 7
     with pytest.raises(LossMismatch):
         as_loss(thing).check(prediction, wrong)
@@ -157,9 +155,7 @@ def test_what_is_no_loss_is_refused(thing: object, words: str) -> None:
         as_loss(thing)
 
 
-@pytest.mark.parametrize(
-    "thing", [nn.MSELoss(reduction="none"), partial(functional.mse_loss, reduction="none")]
-)
+@pytest.mark.parametrize("thing", [nn.MSELoss(reduction="none"), partial(functional.mse_loss, reduction="none")])
 def test_a_loss_without_reduction_is_refused(thing: object) -> None:
     with pytest.raises(LossMismatch, match="reduction='mean'"):
         as_loss(thing)

@@ -158,9 +158,7 @@ def build(
         "command": f"fallline sweep {task}",
         "workers": 2,
     }
-    ranking = rank(
-        candidates, seeds=range(seeds), higher_is_better=higher_is_better, metric=name, resamples=2000
-    )
+    ranking = rank(candidates, seeds=range(seeds), higher_is_better=higher_is_better, metric=name, resamples=2000)
     history = FakeHistory(step, np.array(train), evaluation, np.array(metric), np.array(metric))
     return FakeResult(spec, pl.DataFrame(rows, infer_schema_length=None), history, ranking)
 

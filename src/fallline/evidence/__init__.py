@@ -1,5 +1,4 @@
-"""Who is better, and how sure: pure statistics on arrays of scores, one row per configuration and one column
-per seed.
+"""Who is better, and how sure: pure statistics on arrays of scores, [configuration, seed].
 
 `statistics` holds the four tools (interval, probability, test, correction), `ranking` the protocol that uses
 them, `sentences` the words in which a ranking answers.

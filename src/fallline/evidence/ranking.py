@@ -1,5 +1,4 @@
-"""The protocol by which optimizers are compared fairly: tune on some seeds, report on the others, pair the
-seeds.
+"""How optimizers are compared fairly: tune on some seeds, report on the others, pair the seeds.
 
 1. The first third of the seeds (at least one) *tunes*: it picks each candidate's configuration. Ties, common
    with accuracies on small validation sets, go to the middle of the tied learning rates, the safest of
@@ -123,7 +122,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates from best to worst, with how sure that order is. Iterates over its entries; prints as a
+    """Candidates from best to worst, with how sure that order is; iterates over its entries, prints as a
     table."""
 
     entries: tuple[Entry, ...]
@@ -147,6 +146,14 @@ class Ranking:
 
     def __str__(self) -> str:
         return sentences.table(self)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether there is no evidence that the first entry beats the second."""
+        best = self.entries[0]
+        if len(self.entries) == 1 or math.isnan(best.mean):
+            return False
+        return best.beats_next is None or best.p_value is None or best.p_value >= self.level
 
     @property
     def sentence(self) -> str:
@@ -239,8 +246,7 @@ def rank(
 
 
 def tuned_configuration(candidate: Candidate, tuning: slice, higher_is_better: bool) -> int:
-    """The configuration with the fewest diverged tuning seeds and, among those, the best mean; of ties, the
-    middle.
+    """The configuration that diverged on the fewest tuning seeds with the best mean; of ties, the middle.
 
     Ties are ordered by lr, then by the other hyperparameters; of an even number the lower of the two middle
     ones is taken.
@@ -294,8 +300,7 @@ def _entry(
 def _learning_rates(
     candidate: Candidate, tuned: int, reporting: slice, higher_is_better: bool
 ) -> tuple[float | None, float | None, int]:
-    """The lowest and highest lr of the unbroken range within 5 % of the tuned one, and how many others there
-    are."""
+    """The ends of the unbroken range of lr within 5 % of the tuned one, and how many others there are."""
     here = candidate.settings[tuned]
     if "lr" not in here:
         return None, None, 0

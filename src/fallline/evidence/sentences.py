@@ -86,38 +86,42 @@ def result_sentence(entry: Entry, metric: str, confidence: float) -> str:
 
 def answer(ranking: Ranking) -> str:
     """The answer of a ranking in one or two plain sentences; "no evidence" is an answer too."""
-    entries = ranking.entries
-    best = entries[0]
+    headline, details = answer_parts(ranking)
+    if not details:
+        return f"{headline}."
+    return f"{headline}{':' if ranking.undecided else '.'} {details}"
+
+
+def answer_parts(ranking: Ranking) -> tuple[str, str]:
+    """The answer as a headline without its full stop, and what belongs to it, which may be nothing."""
+    best = ranking.entries[0]
     if not math.isfinite(best.mean):
-        return (
-            "Every optimizer diverged at its best configuration: search lower learning rates, "
-            "or check the data and the loss."
+        return "Every optimizer diverged at its best configuration", (
+            "Search lower learning rates, or check the data and the loss."
         )
     found = result_sentence(best, ranking.metric, ranking.confidence)
-    caution = _divergence(best)
+    cautions = [_divergence(best)]
     if ranking.selection_bias:
-        caution += (
-            " The one seed both chose the configurations and reports them, so these values are too good; "
-            "use more seeds."
+        cautions.append(
+            "The one seed both chose the configurations and reports them, so these values are too good; use more seeds."
         )
-    if len(entries) == 1:
-        return f"{found}.{caution}"
-    second = entries[1]
-    if best.p_value is not None and best.p_value < ranking.level and best.beats_next is not None:
-        chance = best.beats_next
+    caution = " ".join(filter(None, cautions))
+    if len(ranking.entries) == 1:
+        return found, caution
+    second = ranking.entries[1]
+    if not ranking.undecided:
+        chance = best.beats_next or 0.0
         sure = "more than 0.99" if chance > 0.99 else f"{chance:.2f}"
-        return f"{found} and beats {second.label} with probability {sure}.{caution}"
-    return (
-        f"No evidence that {best.label} beats {second.label}: {found}, {_rival(second)}. "
-        f"{_why_not(ranking)}{caution}"
-    )
+        return f"{found} and beats {second.label} with probability {sure}", caution
+    headline = f"No evidence that {best.label} beats {second.label}"
+    return headline, f"{found}, {_rival(second)}. {_why_not(ranking)} {caution}".rstrip()
 
 
 def _rival(entry: Entry) -> str:
     if not math.isfinite(entry.mean):
         return f"{entry.label} diverged on every seed"
     inside = f" ({interval_text(entry)})" if entry.interval is not None else ""
-    return f"{entry.label} at {setting(entry.setting)} {metric_text(entry)}{inside}"
+    return f"{entry.label} at {setting(entry.setting)} reaches {metric_text(entry)}{inside}"
 
 
 def _why_not(ranking: Ranking) -> str:
@@ -162,7 +166,7 @@ def advice(entry: Entry, lowest_lr: float | None) -> str:
             if entry.setting
             else "It diverged on every seed."
         )
-    said = [_divergence(entry).strip()] if entry.diverged else []
+    said = [_divergence(entry)] if entry.diverged else []
     for name, side in entry.on_edge:
         further = "higher" if side == "high" else "lower"
         said.append(f"The best {name} is the {side}est of its grid: search {further}.")
@@ -182,7 +186,7 @@ def _divergence(entry: Entry) -> str:
     if not entry.diverged:
         return ""
     return (
-        f" {entry.label} diverged on {entry.diverged} of {entry.seeds_reported} reporting seeds; "
+        f"{entry.label} diverged on {entry.diverged} of {entry.seeds_reported} reporting seeds; "
         "its mean is over the others. Take a lower lr."
     )
 
@@ -215,9 +219,7 @@ def table(ranking: Ranking) -> str:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _width(entry: Entry) -> float | None:

@@ -1,5 +1,4 @@
-"""The four tools of a fair comparison: an interval, a probability, a test, and a correction for testing
-often.
+"""The four tools of a fair comparison: an interval, a probability, a test, a correction for many tests.
 
 All of them work on plain arrays of scores, one number per seed. The comparisons are *paired*: the same seed
 gave both candidates the same data order, so their difference is what carries the information. How the tools
@@ -35,10 +34,10 @@ def bootstrap_interval(
     """The bias-corrected and accelerated (BCa) bootstrap interval of the mean, widened for few scores.
 
     A bootstrap of n scores is too narrow by a factor sqrt((n - 1) / n) and takes normal quantiles where
-    Student's belong; with the handful of seeds of a sweep, a nominal 95 % interval covers the truth in about
-    88 % of cases. So BCa is asked for the level 1 - 2 Φ(-sqrt(n / (n - 1)) t), t being Student's quantile at
-    (1 + confidence) / 2 with n - 1 degrees of freedom, which makes up for both. The interval never leaves the
-    range of the scores.
+    Student's belong: a nominal 95 % interval of seven normal scores covers their mean in 89 % of simulations,
+    this one in 94 %. So BCa is asked for the level 1 - 2 Φ(-sqrt(n / (n - 1)) t), t being Student's quantile
+    at (1 + confidence) / 2 with n - 1 degrees of freedom, which makes up for both. The interval never leaves
+    the range of the scores.
 
     Args:
         scores: [seed], finite.
@@ -81,7 +80,7 @@ def bootstrap_interval(
     if spread <= 1e-12 * max(abs(centre), float(np.abs(values).max())):
         return centre, centre
 
-    from scipy import stats  # type: ignore[import-untyped]
+    from scipy import stats
 
     # Centred and scaled, so that the interval moves with the scores and no magnitude overflows a third power.
     standard = (values - centre) / spread
@@ -147,15 +146,12 @@ def probability_better(
     # Both diverged: neither side gains; one diverged: `losses` decides before any score does.
     fewer, advantage = losses[drawn].sum(axis=1), gains[drawn].sum(axis=1)
     tolerance = 1e-12 * np.abs(gains).sum()
-    sign = np.where(
-        fewer != 0, np.sign(fewer), np.where(np.abs(advantage) <= tolerance, 0.0, np.sign(advantage))
-    )
+    sign = np.where(fewer != 0, np.sign(fewer), np.where(np.abs(advantage) <= tolerance, 0.0, np.sign(advantage)))
     return float(((sign + 1) / 2).mean())
 
 
 def paired_advantage(ours: ArrayLike, theirs: ArrayLike, *, higher_is_better: bool) -> tuple[Floats, Floats]:
-    """Per seed: +1 where only they diverged, -1 where only we did; and our advantage where both finished,
-    else 0.
+    """Per seed: 1 where only they diverged, -1 where only we did; and our advantage where both finished.
 
     >>> paired_advantage([1.0, float("nan"), 3.0], [0.5, 1.0, float("nan")], higher_is_better=True)
     (array([ 0., -1.,  1.]), array([0.5, 0. , 0. ]))
@@ -243,8 +239,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def seeds_for_significance(comparisons: int, level: float = 0.05) -> int:
-    """The fewest paired seeds with which a sign-flip test, corrected for `comparisons`, can fall below the
-    level.
+    """The fewest paired seeds with which a Holm-adjusted sign-flip test can fall below the level.
 
     The smallest p of n pairs is 2**(1 - n), and Holm multiplies the smallest of m by m.
 
@@ -289,7 +284,5 @@ def seeds_for_difference(
 def _vector(scores: ArrayLike, name: str) -> Floats:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
-        raise ValueError(
-            f"{name!r} has the shape {values.shape}; one score per seed, a vector, was expected."
-        )
+        raise ValueError(f"{name!r} has the shape {values.shape}; one score per seed, a vector, was expected.")
     return values

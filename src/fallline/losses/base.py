@@ -125,7 +125,8 @@ def spelled(constructor: str, arguments: Mapping[str, object], defaults: Mapping
 
     Weights are spelt as tensors, and 0-dimensional tensors of other hyperparameters as numbers.
 
-    >>> spelled("torch.nn.HuberLoss", {"delta": 2.0, "reduction": "mean"}, {"reduction": "mean"}) 'torch.nn.HuberLoss(delta=2.0)'
+    >>> spelled("torch.nn.HuberLoss", {"delta": 2.0, "reduction": "mean"}, {"reduction": "mean"})
+    'torch.nn.HuberLoss(delta=2.0)'
     """
     shown = []
     for name, value in arguments.items():

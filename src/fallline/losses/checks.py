@@ -33,25 +33,18 @@ def require_same_shape(name: str, prediction: Tensor, target: Tensor) -> None:
     """
     if prediction.shape == target.shape:
         return
-    if (
-        prediction.ndim == target.ndim + 1
-        and prediction.shape[:-1] == target.shape
-        and prediction.shape[-1] == 1
-    ):
+    if prediction.ndim == target.ndim + 1 and prediction.shape[:-1] == target.shape and prediction.shape[-1] == 1:
         fix = "Give the target a second dimension: target.unsqueeze(1)."
         if prediction.ndim != 2:
             fix = "Give the target a last dimension: target.unsqueeze(-1)."
-    elif (
-        target.ndim == prediction.ndim + 1 and target.shape[:-1] == prediction.shape and target.shape[-1] == 1
-    ):
+    elif target.ndim == prediction.ndim + 1 and target.shape[:-1] == prediction.shape and target.shape[-1] == 1:
         fix = "Take the last dimension away: target.squeeze(-1)."
     elif prediction.numel() == target.numel():
         fix = "Both hold as many elements: target.reshape(prediction.shape) if their order is the same."
     else:
         fix = "Let the model's last layer give as many outputs as the target has columns."
     broadcasts = all(
-        a == b or 1 in (a, b)
-        for a, b in zip(reversed(prediction.shape), reversed(target.shape), strict=False)
+        a == b or 1 in (a, b) for a, b in zip(reversed(prediction.shape), reversed(target.shape), strict=False)
     )
     note = " (these would be broadcast)" if broadcasts else ""
     raise LossMismatch(
@@ -220,11 +213,7 @@ def _require_index_shape(name: str, prediction: Tensor, target: Tensor, expected
             "probabilities in floating point, target.to(prediction.dtype)."
         )
     if list(target.shape) != list(expected):
-        if (
-            target.ndim == prediction.ndim - 1
-            and prediction.ndim > 2
-            and prediction.shape[:-1] == target.shape
-        ):
+        if target.ndim == prediction.ndim - 1 and prediction.ndim > 2 and prediction.shape[:-1] == target.shape:
             fix = "The classes belong into dimension 1: prediction.movedim(-1, 1)."
         elif target.shape[:1] != prediction.shape[:1]:
             fix = "Both must hold the same samples."

@@ -140,9 +140,7 @@ def cross_entropy(
     return Loss(
         name="cross_entropy",
         kind="classification",
-        terms=partial(
-            _cross_entropy, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-        ),
+        terms=partial(_cross_entropy, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing),
         arguments=given,
         reduction=checked_reduction(reduction),
         validate=partial(check_classes, "cross_entropy", weight=weight, ignore_index=ignore_index),
@@ -156,15 +154,10 @@ def cross_entropy(
 
 
 def _class_weights(weight: Tensor | Sequence[float]) -> Tensor:
-    tensor = (
-        weight.detach()
-        if isinstance(weight, Tensor)
-        else torch.tensor(weight, dtype=torch.get_default_dtype())
-    )
+    tensor = weight.detach() if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.get_default_dtype())
     if tensor.ndim != 1 or not bool((tensor >= 0).all()) or not bool(tensor.isfinite().all()):
         raise InvalidHyperparameter(
-            f"cross_entropy was given weight={tensor.tolist()}, and expects one finite number ≥ 0 for each "
-            "class."
+            f"cross_entropy was given weight={tensor.tolist()}, and expects one finite number ≥ 0 for each class."
         )
     return tensor
 
@@ -244,7 +237,6 @@ def _factor(name: str, value: Tensor | float | None) -> Tensor | None:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise InvalidHyperparameter(
-            f"binary_cross_entropy_with_logits was given {name}={value!r}, and expects a finite number ≥ 0 "
-            "or a tensor."
+            f"binary_cross_entropy_with_logits was given {name}={value!r}, and expects a finite number ≥ 0 or a tensor."
         )
     return torch.tensor(float(value))

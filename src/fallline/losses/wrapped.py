@@ -114,13 +114,10 @@ def as_loss(thing: object) -> Loss:
         return constructor()
     for name, constructor in registry.items():
         if thing is constructor:
-            raise UnknownName(
-                f"The loss was given as the function {name}, and is expected made: call it, {name}()."
-            )
+            raise UnknownName(f"The loss was given as the function {name}, and is expected made: call it, {name}().")
     if isinstance(thing, type):
         raise UnknownName(
-            f"The loss was given as the class {thing.__name__}, and is expected as an instance: "
-            f"{thing.__name__}()."
+            f"The loss was given as the class {thing.__name__}, and is expected as an instance: {thing.__name__}()."
         )
     if isinstance(thing, nn.Module):
         return _from_module(thing)
@@ -178,9 +175,7 @@ def _defaults_of(kind: type) -> dict[str, object]:
 
 def _arguments_of(module: nn.Module) -> dict[str, object]:
     """The arguments that the module was made with, as far as it keeps them under their names."""
-    names = [
-        name for name in inspect.signature(type(module)).parameters if name not in ("size_average", "reduce")
-    ]
+    names = [name for name in inspect.signature(type(module)).parameters if name not in ("size_average", "reduce")]
     found = {name: getattr(module, name) for name in names if hasattr(module, name)}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -26,14 +26,13 @@ from fallline.optim.schedules import Schedule
 if TYPE_CHECKING:
     from fallline.optim.torch_adapter import TorchOptimizer
 
+Number = float | Schedule | Dimension
 Params = Mapping[str, Tensor]
 Slots = dict[str, Tensor]
 Numbers = Mapping[str, Tensor]
 State = dict[str, Any]
 Rule = Callable[[Tensor, Slots, Tensor, Numbers], tuple[Tensor, Slots]]
-Apply = Callable[
-    [dict[str, Tensor], dict[str, Slots], Params, Numbers], tuple[dict[str, Tensor], dict[str, Slots]]
-]
+Apply = Callable[[dict[str, Tensor], dict[str, Slots], Params, Numbers], tuple[dict[str, Tensor], dict[str, Slots]]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Transform:
     """
 
     name: str
-    hyperparameters: Mapping[str, float | Schedule]
+    hyperparameters: Mapping[str, Number]
     slots: Callable[[Tensor], Slots]
     apply: Apply
     elementwise: bool
@@ -65,7 +64,7 @@ class Transform:
 def per_tensor(
     name: str,
     rule: Rule,
-    hyperparameters: Mapping[str, float | Schedule],
+    hyperparameters: Mapping[str, Number],
     *,
     slots: Iterable[str] = (),
     counts: bool = False,
@@ -138,11 +137,7 @@ class Optimizer:
     @property
     def structure(self) -> tuple[object, ...]:
         """What is static: optimizers of equal structure differ only in numbers and are updated together."""
-        kinds = [
-            (name, number.kind)
-            for name, number in self.hyperparameters.items()
-            if isinstance(number, Schedule)
-        ]
+        kinds = [(name, number.kind) for name, number in self.hyperparameters.items() if isinstance(number, Schedule)]
         return (*(transform.structure for transform in self.transforms), *kinds)
 
     @property
@@ -151,7 +146,7 @@ class Optimizer:
         return all(transform.elementwise for transform in self.transforms)
 
     @property
-    def hyperparameters(self) -> dict[str, float | Schedule]:
+    def hyperparameters(self) -> dict[str, Number]:
         """The numbers that the rule reads, by name."""
         return {name: value for t in self.transforms for name, value in t.hyperparameters.items()}
 
@@ -161,8 +156,8 @@ class Optimizer:
         data: dict[str, float] = {}
         for name, value in self.hyperparameters.items():
             if isinstance(value, Schedule):
-                data.update({f"{name}:{inner}": float(number) for inner, number in value.numbers.items()})
-            else:
+                data.update({f"{name}:{n}": float(v) for n, v in value.numbers.items() if not isinstance(v, Dimension)})
+            elif not isinstance(value, Dimension):
                 data[name] = float(value)
         return data
 
@@ -222,9 +217,7 @@ class Optimizer:
             raise FalllineError(f"there is a gradient for {min(unknown)!r}, but no such parameter in params.")
         if numbers is None:
             like = state["step"]
-            numbers = {
-                n: torch.tensor(v, dtype=torch.float64, device=like.device) for n, v in self.numbers.items()
-            }
+            numbers = {n: torch.tensor(v, dtype=torch.float64, device=like.device) for n, v in self.numbers.items()}
         current = self._at(numbers, state["step"], steps)
         updates = dict(grads)
         slots = {name: state["slots"][name] for name in grads}
@@ -255,9 +248,7 @@ class Optimizer:
         return code(self, "fl.optim.")
 
     def _slots(self, parameter: Tensor) -> Slots:
-        return {
-            name: slot for transform in self.transforms for name, slot in transform.slots(parameter).items()
-        }
+        return {name: slot for transform in self.transforms for name, slot in transform.slots(parameter).items()}
 
     def _at(self, numbers: Numbers, step: Tensor, steps: float | None) -> Numbers:
         """The numbers that the rule reads at this step: schedules evaluated, the rest as they are."""
@@ -326,12 +317,8 @@ def _kept_apart(stage: Transform, used: dict[str, None], used_slots: dict[str, N
         updates: dict[str, Tensor], state: dict[str, Slots], parameters: Params, numbers: Numbers
     ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
         own = {key: {name: kept[new] for name, new in slots.items()} for key, kept in state.items()}
-        updates, own = stage.apply(
-            updates, own, parameters, {name: numbers[new] for name, new in outer.items()}
-        )
-        back = {
-            key: {**state[key], **{slots[n]: t for n, t in changed.items()}} for key, changed in own.items()
-        }
+        updates, own = stage.apply(updates, own, parameters, {name: numbers[new] for name, new in outer.items()})
+        back = {key: {**state[key], **{slots[n]: t for n, t in changed.items()}} for key, changed in own.items()}
         return updates, back
 
     renamed = {outer[name]: value for name, value in stage.hyperparameters.items()}

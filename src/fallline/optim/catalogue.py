@@ -55,12 +55,8 @@ CATALOGUE: dict[str, OptimizerInfo] = {
             "AdamW",
             "Loshchilov & Hutter 2019",
         ),
-        OptimizerInfo(
-            optimizers.rmsprop, (1e-5, 1e-1), "p − lr·g/(√v + eps)", "RMSprop", "Tieleman & Hinton 2012"
-        ),
-        OptimizerInfo(
-            optimizers.lion, (1e-6, 1e-2), "p − lr·(sign(β₁m + (1−β₁)g) + wd·p)", "", "Chen et al. 2023"
-        ),
+        OptimizerInfo(optimizers.rmsprop, (1e-5, 1e-1), "p − lr·g/(√v + eps)", "RMSprop", "Tieleman & Hinton 2012"),
+        OptimizerInfo(optimizers.lion, (1e-6, 1e-2), "p − lr·(sign(β₁m + (1−β₁)g) + wd·p)", "", "Chen et al. 2023"),
     )
 }
 
@@ -102,9 +98,7 @@ def parse(text: str, **defaults: Any) -> Optimizer:
     for part in _split(rest):
         key, equals, value = part.partition("=")
         if not equals:
-            raise UnknownArgument(
-                f"{part!r} in {text!r} has no value: write {name}:argument=value,argument=value."
-            )
+            raise UnknownArgument(f"{part!r} in {text!r} has no value: write {name}:argument=value,argument=value.")
         try:
             given[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

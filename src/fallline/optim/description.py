@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from fallline.errors import UnknownArgument, nearest
 from fallline.optim.dimensions import Dimension
@@ -40,18 +40,11 @@ class Call:
         return self.function(*extra, **{name: change(value) for name, value in self.arguments.items()})
 
 
-class Described(Protocol):
-    """A frozen dataclass with a field that holds the call that made it."""
-
-    __dataclass_fields__: Any
-    call: Call | None
-
-
-R = TypeVar("R", bound=Described)
+R = TypeVar("R")
 
 
 def described(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark `function` as a maker of values that remember their call, and name misspelt keywords."""
+    """Marks `function` as a maker of values that remember their call (frozen dataclasses with a field `call`)."""
     signature = inspect.signature(function)
     keywords = [
         name

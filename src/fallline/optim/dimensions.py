@@ -124,10 +124,6 @@ def _check_range(name: str, low: float, high: float, *, positive: bool) -> None:
         if isinstance(bound, bool) or not isinstance(bound, Real) or not math.isfinite(bound):
             raise InvalidHyperparameter(f"{name}: {bound!r} is not a finite number.")
     if positive and low <= 0:
-        raise InvalidHyperparameter(
-            f"{name}: the low end {low!r} is not above 0, and a logarithm needs that."
-        )
+        raise InvalidHyperparameter(f"{name}: the low end {low!r} is not above 0, and a logarithm needs that.")
     if low > high:
-        raise InvalidHyperparameter(
-            f"{name}: the range {low!r} to {high!r} is inverted: give the low end first."
-        )
+        raise InvalidHyperparameter(f"{name}: the range {low!r} to {high!r} is inverted: give the low end first.")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from fallline.errors import InvalidHyperparameter
-from fallline.optim.base import Optimizer, Transform, chain
+from fallline.optim.base import Number, Optimizer, Transform, chain
 from fallline.optim.checks import flag, non_negative, real
 from fallline.optim.description import described
-from fallline.optim.schedules import Schedule
 from fallline.optim.transforms import (
     add_decayed_weights,
     negate,
@@ -16,8 +15,6 @@ from fallline.optim.transforms import (
     scale_by_rms,
     trace,
 )
-
-Number = float | Schedule
 
 
 @described
@@ -193,9 +190,7 @@ def lion(
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023. torch has none.
     """
-    return chain(
-        *_gradient(0.0, maximize), scale_by_lion(betas), *_decay(weight_decay), scale_by_learning_rate(lr)
-    )
+    return chain(*_gradient(0.0, maximize), scale_by_lion(betas), *_decay(weight_decay), scale_by_learning_rate(lr))
 
 
 def _gradient(weight_decay: Number, maximize: bool) -> list[Transform]:

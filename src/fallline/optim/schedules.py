@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fallline.errors import InvalidHyperparameter
 from fallline.optim.checks import in_interval, positive, real
 from fallline.optim.description import Call, described
+from fallline.optim.dimensions import Dimension
+
+Swept = float | Dimension
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Schedule:
     """
 
     kind: str
-    numbers: Mapping[str, float]
+    numbers: Mapping[str, Swept]
     curve: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     call: Call | None = None
 
@@ -44,7 +46,7 @@ class Schedule:
 
 
 @described
-def constant(value: float) -> Schedule:
+def constant(value: Swept) -> Schedule:
     """The same value throughout: v(p) = value.
 
     >>> float(constant(0.1)(0.7))
@@ -55,7 +57,7 @@ def constant(value: float) -> Schedule:
 
 
 @described
-def step(value: float, every: float = 1 / 3, factor: float = 0.1) -> Schedule:
+def step(value: Swept, every: Swept = 1 / 3, factor: Swept = 0.1) -> Schedule:
     """Multiplied by `factor` each time another `every` of training has passed: v(p) = value · factor^⌊p / every⌋.
 
     Args:
@@ -78,7 +80,7 @@ def step(value: float, every: float = 1 / 3, factor: float = 0.1) -> Schedule:
 
 
 @described
-def cosine(value: float, end: float = 0.0) -> Schedule:
+def cosine(value: Swept, end: Swept = 0.0) -> Schedule:
     """Half a cosine from `value` to `end`: v(p) = end + (value − end)(1 + cos πp)/2.
 
     The same as `torch.optim.lr_scheduler.CosineAnnealingLR(T_max=steps, eta_min=end)`.
@@ -97,7 +99,7 @@ def cosine(value: float, end: float = 0.0) -> Schedule:
 
 
 @described
-def linear_warmup(value: float | Schedule, fraction: float = 0.05, start: float = 0.0) -> Schedule:
+def linear_warmup(value: Swept | Schedule, fraction: Swept = 0.05, start: Swept = 0.0) -> Schedule:
     """A straight line from `start` times the value up to the value, then the value (or its own schedule).
 
     For p < fraction: v(p) = (start + (1 − start) p / fraction) · w(0); afterwards v(p) = w((p − fraction)/(1 − fraction)),

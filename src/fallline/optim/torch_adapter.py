@@ -39,7 +39,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._rule_of(group)  # an argument outside its domain is refused here, not at the first step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:
@@ -64,9 +64,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         if call is None or call.extra:
             return self.rule
         arguments = {name: group[name] for name in call.arguments}
-        if all(
-            arguments[name] is value or arguments[name] == value for name, value in call.arguments.items()
-        ):
+        if all(arguments[name] is value or arguments[name] == value for name, value in call.arguments.items()):
             return self.rule
         made: Optimizer = call.function(**{name: _plain(value) for name, value in arguments.items()})
         return made

@@ -9,12 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fallline.optim.base import Numbers, Params, Slots, Transform, cast, per_tensor
+from fallline.optim.base import Number, Numbers, Params, Slots, Transform, cast, per_tensor
 from fallline.optim.checks import flag, non_negative, pair_of_betas, positive, real
 from fallline.optim.description import described
-from fallline.optim.schedules import Schedule
-
-Number = float | Schedule
 
 
 @described

@@ -5,7 +5,6 @@ The numbers come from `curves`, the looks from `style`; here is what is drawn of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +78,7 @@ def _sensitivity_chart(result: Result, entries: Sequence[Entry], dimension: str)
         scale=style.scale(values, spread=10),
         axis=style.axis(values, spread=10, grid=False),
     )
-    scale, axis, cut = style.metric_scale(data.rows, result.ranking.higher_is_better)
+    scale, axis, cut = style.metric_scale(data.rows, result.ranking.higher_is_better, least=0.05)
     y = alt.Y("mean:Q", title=metric, scale=scale, axis=axis)
     series = style.Series(entries)
     tooltip = [
@@ -91,31 +90,38 @@ def _sensitivity_chart(result: Result, entries: Sequence[Entry], dimension: str)
         alt.Tooltip("seeds:Q", title="seeds in all"),
     ]
     base = alt.Chart().encode(x=x, color=series.color)
+    clip = bool(cut)
     layers = [
-        base.mark_area(clip=True).encode(
+        base.mark_area(clip=clip).encode(
             y=alt.Y("low:Q", title=metric, scale=scale, axis=axis), y2="high:Q", opacity=series.opacity(0.14)
         ),
-        base.mark_line(clip=True, strokeWidth=2).encode(y=y, opacity=series.opacity()),
-        base.mark_point(clip=True, filled=True, size=46).encode(
+        base.mark_line(clip=clip, strokeWidth=2).encode(y=y, opacity=series.opacity()),
+        base.mark_point(clip=clip, filled=True, size=46).encode(
             y=y, opacity=series.opacity(), shape=series.shape, tooltip=tooltip
         ),
-        alt.Chart(alt.NamedData("tuned"))
-        .mark_point(clip=True, filled=False, size=230, strokeWidth=1.8, shape="circle")
-        .encode(x=x, y=y, color=series.color, opacity=series.opacity(), tooltip=tooltip),
-        alt.Chart(alt.NamedData("boundaries"))
-        .mark_rule(strokeDash=[4, 4], strokeWidth=1.5)
-        .encode(
-            x=x,
-            color=series.color,
-            opacity=series.opacity(0.75),
-            tooltip=[
-                alt.Tooltip("optimizer:N"),
-                alt.Tooltip("x:Q", title=f"diverges from {name}", format="~g"),
-                alt.Tooltip("diverged:Q", title="seeds diverged"),
-                alt.Tooltip("seeds:Q", title="seeds in all"),
-            ],
-        ),
     ]
+    if data.tuned:
+        layers.append(
+            alt.Chart(alt.NamedData("tuned"))
+            .mark_point(clip=clip, filled=False, size=230, strokeWidth=1.8, shape="circle")
+            .encode(x=x, y=y, color=series.color, opacity=series.opacity(), tooltip=tooltip)
+        )
+    if data.boundaries:
+        layers.append(
+            alt.Chart(alt.NamedData("boundaries"))
+            .mark_rule(strokeDash=[4, 4], strokeWidth=1.5)
+            .encode(
+                x=x,
+                color=series.color,
+                opacity=series.opacity(0.75),
+                tooltip=[
+                    alt.Tooltip("optimizer:N"),
+                    alt.Tooltip("x:Q", title=f"diverges from {name}", format="~g"),
+                    alt.Tooltip("diverged:Q", title="seeds diverged"),
+                    alt.Tooltip("seeds:Q", title="seeds in all"),
+                ],
+            )
+        )
     held = ", other hyperparameters at their tuned values" if len(reading.searched(result)) > 1 else ""
     dashes = "; dashed lines: from here on some seed diverged" if data.boundaries else ""
     description = (
@@ -178,8 +184,9 @@ def _room_chart(result: Result, entries: Sequence[Entry]) -> Chart | None:
         base.transform_filter("isValid(datum.low)"),
         base.transform_filter("isValid(datum.boundary)"),
     )
-    # The words stand on the side of the cross that has room for them.
-    middle = math.sqrt(min(values) * max(values)) if min(values) > 0 else (min(values) + max(values)) / 2
+    # The number stands to the right of the cross, away from the thick line, unless the chart ends there.
+    low, high = min(values), max(values)
+    near_end = low * (high / low) ** 0.9 if low > 0 else low + 0.9 * (high - low)
     said = alt.Text("boundary:Q", format="~g")
     at = alt.X("boundary:Q", **place)
     layers = [
@@ -191,10 +198,10 @@ def _room_chart(result: Result, entries: Sequence[Entry]) -> Chart | None:
         ),
         usable.mark_point(filled=True, size=110, opacity=1).encode(x=alt.X("tuned:Q", **place)),
         lost.mark_text(text="✕", fontSize=15, fontWeight="bold").encode(x=at),
-        lost.transform_filter(f"datum.boundary <= {middle}")
+        lost.transform_filter(f"datum.boundary <= {near_end}")
         .mark_text(align="left", dx=11, fontSize=11)
         .encode(x=at, text=said),
-        lost.transform_filter(f"datum.boundary > {middle}")
+        lost.transform_filter(f"datum.boundary > {near_end}")
         .mark_text(align="right", dx=-11, fontSize=11)
         .encode(x=at, text=said),
     ]
@@ -224,7 +231,7 @@ def _seeds_chart(result: Result, entries: Sequence[Entry]) -> Chart | None:
     labels = list(dict.fromkeys(row["optimizer"] for row in rows))
     series = style.Series(entries, legend=False)
     ends = [{"mean": row["metric"], "low": row["metric"], "high": row["metric"]} for row in rows]
-    scale, axis, cut = style.metric_scale(ends, result.ranking.higher_is_better)
+    scale, axis, cut = style.metric_scale(ends, result.ranking.higher_is_better, least=0.05)
     base = alt.Chart().encode(y=alt.Y("optimizer:N", sort=labels, title=None), color=series.color)
     layers = [
         base.mark_point(clip=True, filled=True, size=60, opacity=0.55).encode(
@@ -242,8 +249,7 @@ def _seeds_chart(result: Result, entries: Sequence[Entry]) -> Chart | None:
     description = f"Final validation {metric} of every seed that finished. Bars: means.{cut}"
     scores = {label: [row["metric"] for row in rows if row["optimizer"] == label] for label in labels}
     findings = tuple(
-        f"{label}: {len(own)} seeds from {number(min(own))} to {number(max(own))}."
-        for label, own in scores.items()
+        f"{label}: {len(own)} seeds from {number(min(own))} to {number(max(own))}." for label, own in scores.items()
     )
     spec = series.specification(layers, {"rows": rows}, description, height=38 * len(labels))
     return Chart("seeds", f"{_capital(metric)} of every seed", description, findings, spec)
@@ -290,7 +296,7 @@ def _curve_chart(
         "step:Q",
         title="step",
         scale=alt.Scale(nice=False),
-        axis=alt.Axis(grid=False, format=",", tickCount=6),
+        axis=alt.Axis(grid=False, format=",d", tickCount=6),
     )
     y = alt.Y("mean:Q", title=vertical, scale=scale, axis=axis)
     base = alt.Chart().encode(x=x, color=series.color)

@@ -1,5 +1,4 @@
-"""The numbers behind the charts: means and ranges over seeds, thinned and rounded, as rows of plain Python
-values.
+"""The numbers behind the charts: means and ranges over seeds, thinned and rounded, as plain rows.
 
 `charts` draws these rows and computes nothing itself, so a test can compare a chart with the trials.
 """
@@ -66,8 +65,11 @@ def sensitivity(result: Result, entries: Sequence[Entry], dimension: str) -> Sen
         if dimension not in trials.columns:
             continue
         trials = reading.at_setting(trials, entry.setting, free=dimension)
+        tried = trials[dimension].drop_nulls().unique().sort().to_list()
+        if len(tried) < 2 and dimension != "lr":
+            continue
         boundary: Row | None = None
-        for value in trials[dimension].drop_nulls().unique().sort().to_list():
+        for value in tried:
             here = trials.filter(trials[dimension] == value)
             lost = reading.diverged(here).height
             row = {
@@ -143,8 +145,7 @@ def final_metrics(result: Result, entries: Sequence[Entry]) -> list[Row]:
 
 
 def training_loss(result: Result, entries: Sequence[Entry]) -> tuple[list[Row], int]:
-    """The training loss of the tuned configurations against the step, and how many steps each point
-    averages."""
+    """The training loss of the tuned configurations by step, and how many records each point averages."""
     step, loss = np.asarray(result.history.step), np.asarray(result.history.train_loss)
     block = max(1, math.ceil(step.size / POINTS))
     rows: list[Row] = []

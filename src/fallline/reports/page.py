@@ -1,5 +1,4 @@
-"""The HTML report of a sweep: one file that holds its data, styles and scripts, and asks the network for
-nothing.
+"""The HTML report of a sweep: one file that holds all it needs and asks the network for nothing.
 
 The words and their order are in `report.html.jinja`, the looks in `report.css`, what happens in the browser
 in `report.js`. Here they are put together with the numbers; `charts` makes the charts.
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fallline.errors import RunDirectoryError
 from fallline.evidence import Entry, Ranking
-from fallline.evidence.sentences import number, probability
+from fallline.evidence.sentences import answer_parts, number, probability
 from fallline.reports import charts, reading, style, tables, vega
 from fallline.reports.charts import Chart
 from fallline.reports.reading import Result
@@ -42,31 +41,36 @@ def html(result: Result) -> str:
     import jinja2
     from markupsafe import Markup
 
-    script = vega.bundle()
-    found = charts.charts(result)
-    ranking = result.ranking
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fallline", "reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
-        spec=result.spec,
-        ranking=ranking,
-        rows=_rows(result),
-        cautions=reading.cautions(result),
-        figures=[_figure(chart) for chart in found],
-        method=method(ranking),
-        settings=settings(result),
-        winner_code=result.reproduction_code().strip("\n"),
-        sweep_code=sweep_code(result.spec),
-        themes=_json(style.THEMES),
-        css=_asset("report.css"),
-        script=_asset("report.js"),
-        vega=Markup(script().replace("</script", "<\\/script")),
-    )
+    with vega.bundling() as bundled:
+        found = [_figure(chart) for chart in charts.charts(result)]
+        ranking = result.ranking
+        headline, details = answer_parts(ranking)
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("fallline", "reports"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template("report.html.jinja").render(
+            spec=result.spec,
+            ranking=ranking,
+            headline=headline,
+            details=details,
+            rows=_rows(result),
+            cautions=reading.cautions(result),
+            figures=found,
+            method=method(ranking),
+            settings=settings(result),
+            winner_code=result.reproduction_code().strip("\n"),
+            sweep_code=sweep_code(result.spec),
+            themes=_json(style.THEMES),
+            light=style.LIGHT.split(),
+            dark=style.DARK.split(),
+            css=_asset("report.css"),
+            script=_asset("report.js"),
+            vega=Markup(bundled().replace("</script", "<\\/script")),
+        )
 
 
 def write_report(result: Result, path: str | os.PathLike[str]) -> Path:
@@ -127,8 +131,7 @@ def _rows(result: Result) -> list[_Row]:
     low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
 
     def bar(entry: Entry) -> tuple[float, float, float] | None:
-        """Where the interval lies between the lowest and the highest of all: left end, width and mean, in
-        percent."""
+        """Left end, width and mean of an interval, in percent of the span of all intervals."""
         if entry.interval is None or high <= low:
             return None
         left, right, middle = (100 * (value - low) / (high - low) for value in (*entry.interval, entry.mean))
@@ -143,17 +146,21 @@ def _rows(result: Result) -> list[_Row]:
             bar=bar(entry),
             beats_next=probability(entry.beats_next),
             p_value=p_text(entry.p_value),
-            room=f"{entry.lr_low:.4g} to {entry.lr_high:.4g}"
-            if entry.lr_low and entry.lr_alternatives
-            else "–",
-            decades=f"{tables.room_text(entry)} decades"
-            if entry.lr_decades and entry.lr_alternatives
-            else None,
+            room=_range_text(entry),
+            decades=f"{tables.room_text(entry)} decades" if entry.lr_decades and entry.lr_alternatives else None,
             diverged=tables.share_text(reading.diverged_share(result, entry)),
             advice=entry.advice,
         )
         for place, entry in enumerate(result.ranking, start=1)
     ]
+
+
+def _range_text(entry: Entry) -> str:
+    if entry.lr_low is None or entry.lr_alternatives == 0:
+        return "–"
+    if entry.lr_low == entry.lr_high:
+        return f"only {entry.lr_low:.4g}"
+    return f"{entry.lr_low:.4g} to {entry.lr_high:.4g}"
 
 
 def p_text(value: float | None) -> str:
@@ -173,19 +180,21 @@ def method(ranking: Ranking) -> list[str]:
     """How the ranking was made, in three sentences."""
     tuning, reporting = _listed(ranking.tuning_seeds), _listed(ranking.reporting_seeds)
     chose = (
-        f"Seed {tuning} both chose each optimizer's configuration and reports it, so the values are too good"
+        f"Seed {tuning} both chose each optimizer's configuration and reports it: the values are too good"
         if ranking.selection_bias
-        else f"Each optimizer's configuration is the one with the best mean final validation {ranking.metric} "
+        else f"Each optimizer's configuration is the one with the best mean final {ranking.metric} "
         f"over the tuning seeds ({tuning}), and its value is the mean over the other seeds, which report "
         f"({reporting})"
     )
     return [
         f"{chose}; a trial that diverged counts as worse than any that finished.",
-        f"Intervals are bias-corrected and accelerated {100 * ranking.confidence:g} % bootstrap intervals of that "
-        "mean, widened for few seeds; “beats the next” is the share of "
-        f"{ranking.resamples:,} paired bootstrap samples of the seeds in which the mean is better, ties counting half.",
+        f"Intervals are bias-corrected and accelerated {100 * ranking.confidence:g} % bootstrap intervals "
+        "of that mean, widened for few seeds; “beats the next” is the share of "
+        f"{ranking.resamples:,} paired bootstrap samples of the seeds in which the mean is better, ties "
+        "counting half.",
         "p comes from a two-sided sign-flip permutation test on the paired differences between neighbours, "
-        f"Holm-adjusted for all of them; from {ranking.level:g} upwards, the report says that there is no evidence.",
+        f"Holm-adjusted for all of them; from {ranking.level:g} upwards, the report says that there "
+        "is no evidence.",
     ]
 
 
@@ -228,7 +237,7 @@ def sweep_code(spec: Any) -> str:
         "import fallline as fl",
         "",
         "result = fl.sweep(",
-        f"    task,  # the fl.Task {spec['task']['name']!r}",
+        f"    {spec.get('task_code') or 'task'},  # {spec['task']['name']}",
         "    optimizers=[",
         *(f"        {optimizer['code']}," for optimizer in spec["optimizers"]),
         "    ],",
@@ -254,7 +263,7 @@ class _Figure:
 def _figure(chart: Chart) -> _Figure:
     from markupsafe import Markup
 
-    return _Figure(chart, _json(chart.spec), Markup(vega.still(chart.spec, style.THEMES["light"])))
+    return _Figure(chart, _json(chart.spec), Markup(vega.still(chart.name, chart.spec, style.THEMES["light"])))
 
 
 def _json(value: Any) -> Markup:

@@ -1,5 +1,4 @@
-"""Looking things up in the result of a sweep: which trials belong to which entry of the ranking, and what to
-be careful about.
+"""Looking things up in a result: which trials belong to which entry, and what to be careful about.
 
 Reports read a result by its attributes alone (`Result` lists them), so they need neither torch nor the code
 that trained. `curves` computes from what is found here.
@@ -85,9 +84,7 @@ def trials_of(result: Result, entry: Entry) -> pl.DataFrame:
         pairs = trials.select("optimizer", "loss").unique(maintain_order=True).rows()
         losses = {name for _, name in pairs}
         fitting = [
-            (name, other)
-            for name, other in pairs
-            if name in entry.label and (len(losses) == 1 or other in entry.label)
+            (name, other) for name, other in pairs if name in entry.label and (len(losses) == 1 or other in entry.label)
         ]
         if not fitting:
             return trials.clear()
@@ -103,9 +100,7 @@ def loss_of(result: Result, entry: Entry) -> str:
     return str(trials["loss"][0]) if trials.height else entry.loss
 
 
-def at_setting(
-    trials: pl.DataFrame, setting: Mapping[str, float], *, free: str | None = None
-) -> pl.DataFrame:
+def at_setting(trials: pl.DataFrame, setting: Mapping[str, float], *, free: str | None = None) -> pl.DataFrame:
     """The trials whose hyperparameters equal a setting, one of them left free if so wished."""
     import polars as pl
 
@@ -142,9 +137,7 @@ def searched(result: Result) -> list[str]:
     for entry in result.ranking:
         trials = trials_of(result, entry)
         found += [
-            name
-            for name in hyperparameters(trials)
-            if name not in found and trials[name].drop_nulls().n_unique() > 1
+            name for name in hyperparameters(trials) if name not in found and trials[name].drop_nulls().n_unique() > 1
         ]
     return sorted(found, key=lambda name: name != "lr")
 
@@ -156,8 +149,8 @@ def cautions(result: Result) -> list[str]:
     interrupted = result.trials.filter(result.trials["status"] == "interrupted").height
     if interrupted:
         said.append(
-            f"{interrupted} of {result.trials.height} trials were interrupted: the ranking is of what is done. "
-            "Run the same command again to go on."
+            f"{interrupted} of {result.trials.height} trials were interrupted: the ranking is of what is "
+            "done. Run the same command again to go on."
         )
     for entry in ranking:
         for name, side in entry.on_edge:
@@ -173,9 +166,10 @@ def cautions(result: Result) -> list[str]:
             )
     if ranking.selection_bias:
         said.append("One seed chose the configurations and also reports them: every value shown is too good.")
-    elif len(ranking.reporting_seeds) < RECOMMENDED_SEEDS - 1:
+    # An answer of "no evidence" has already said how many seeds are needed.
+    elif len(ranking.reporting_seeds) < RECOMMENDED_SEEDS - 1 and not ranking.undecided:
         said.append(
-            f"{len(ranking.reporting_seeds)} reporting seeds are few: take {total_seeds(RECOMMENDED_SEEDS)} seeds "
-            f"or more ({RECOMMENDED_SEEDS} of them reporting) before you believe a small difference."
+            f"{len(ranking.reporting_seeds)} reporting seeds are few: take {total_seeds(RECOMMENDED_SEEDS)} "
+            f"seeds or more ({RECOMMENDED_SEEDS} of them reporting) before you believe a small difference."
         )
     return said

@@ -1,5 +1,4 @@
-"""How every chart looks: the light and the dark theme, the scales, and the encodings that the charts of a
-page share.
+"""How every chart looks: two themes, the scales, and the encodings that the charts of a page share.
 
 `charts` draws with these. Specifications name no colours of optimizers, so that the page can change its
 theme.
@@ -21,8 +20,7 @@ NEUTRAL = "#8a8f98"
 """A grey that is readable on white and on black."""
 
 CUT = 30
-"""A metric this many times farther from the best than the median is from it flattens a linear chart: it is
-cut off."""
+"""An outlier this many times farther from the best than the median is gets cut off."""
 
 
 def _theme(ink: str, faint: str, category: list[str]) -> dict[str, Any]:
@@ -106,8 +104,7 @@ class Series:
 
 
 def scale(values: Iterable[float | None], *, spread: float) -> Any:
-    """A logarithmic scale where all values are positive and span at least the given ratio, else a linear
-    one."""
+    """A logarithmic scale for positive values that span at least the given ratio, else a linear one."""
     import altair as alt
 
     if is_logarithmic(values := _known(values), spread=spread):
@@ -116,8 +113,7 @@ def scale(values: Iterable[float | None], *, spread: float) -> Any:
 
 
 def axis(values: Iterable[float | None], *, spread: float, grid: bool = True) -> Any:
-    """An axis whose ticks lie at 1, at 1 2 5, or at whole decades, as many as a logarithmic scale has room
-    for."""
+    """An axis with readable ticks, on a logarithmic scale too."""
     import altair as alt
 
     values = _known(values)
@@ -137,8 +133,7 @@ def is_logarithmic(values: Sequence[float], *, spread: float) -> bool:
 
 
 def logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Ticks at 1, 2 and 5 times powers of ten for up to two decades, at powers of ten beyond, at most nine of
-    those.
+    """Ticks at 1, 2 and 5 times powers of ten for up to two decades, beyond at powers of ten, about nine.
 
     >>> logarithmic_ticks(0.8, 60)
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0]
@@ -148,17 +143,15 @@ def logarithmic_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if high <= 100 * low else (1,)
     stride = 1 + (last - first) // 9
-    ticks = [
-        float(f"{factor}e{exponent}") for exponent in range(first, last + 1, stride) for factor in factors
-    ]
+    ticks = [float(f"{factor}e{exponent}") for exponent in range(first, last + 1, stride) for factor in factors]
     return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 
-def metric_scale(rows: Sequence[Row], higher_is_better: bool) -> tuple[Any, Any, str]:
+def metric_scale(rows: Sequence[Row], higher_is_better: bool, *, least: float = 0.0) -> tuple[Any, Any, str]:
     """Scale, axis and a note for a metric with "mean", "low" and "high".
 
-    Logarithmic for errors of several magnitudes; linear else, and cut where outliers would flatten the rest,
-    which the note says.
+    Logarithmic for errors of several magnitudes; else linear, and cut where outliers would flatten the rest. An outlier
+    lies `CUT` times farther from the best than the median mean does, and than `least` times the best.
     """
     import altair as alt
 
@@ -168,7 +161,8 @@ def metric_scale(rows: Sequence[Row], higher_is_better: bool) -> tuple[Any, Any,
         return scale(ends, spread=20), axis(ends, spread=20), ""
     means = sorted(row["mean"] for row in rows)
     best, worst = (max(ends), min(ends)) if higher_is_better else (min(ends), max(ends))
-    reach = abs((means[-1] if higher_is_better else means[0]) - means[len(means) // 2])
+    middle = means[len(means) // 2]
+    reach = max(abs((means[-1] if higher_is_better else means[0]) - middle), least * abs(best))
     if reach > 0 and abs(worst - best) > CUT * reach:
         limit = float(f"{best - 6 * reach if higher_is_better else best + 6 * reach:.2g}")
         side = "below" if higher_is_better else "above"

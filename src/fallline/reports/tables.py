@@ -1,5 +1,4 @@
-"""The ranking of a sweep in the terminal: the answer, a table, and what to be careful about, within 100
-columns."""
+"""The ranking of a sweep in the terminal: the answer, a table and the warnings, in 100 columns."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def ranking_table(result: Result) -> Table:
     table.add_column("")
     table.add_column("optimizer", overflow="fold")
     table.add_column("tuned at", overflow="fold")
-    table.add_column(f"{ranking.metric} ({100 * ranking.confidence:g} % interval)", overflow="fold")
+    table.add_column(f"{ranking.metric}\n({100 * ranking.confidence:g} % interval)", no_wrap=True)
     table.add_column("beats\nnext", justify="right")
     table.add_column("lr room\ndecades", justify="right")
     table.add_column("trials\ndiverged", justify="right")
@@ -67,20 +66,22 @@ def summary(result: Result, width: int = COLUMNS) -> str:
         result: of a sweep.
         width: the number of columns to keep to.
     """
-    from rich.padding import Padding
+    from rich.table import Table
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(result.ranking.sentence), Text(""), ranking_table(result)]
-    parts += [Padding(Text(f"! {caution}"), (0, 0)) for caution in reading.cautions(result)]
+    parts: list[RenderableType] = [Text(result.ranking.sentence), ranking_table(result)]
+    warnings = Table.grid(padding=(0, 1))
+    for caution in reading.cautions(result):
+        warnings.add_row("!", Text(caution))
+    if warnings.row_count:
+        parts.append(warnings)
     return _rendered(parts, width)
 
 
 def _rendered(parts: list[RenderableType], width: int) -> str:
     from rich.console import Console
 
-    console = Console(
-        file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False
-    )
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False)
     with console.capture() as captured:
         for part in parts:
             console.print(part)
@@ -88,13 +89,9 @@ def _rendered(parts: list[RenderableType], width: int) -> str:
 
 
 def tuned_text(entry: Entry) -> str:
-    """The tuned hyperparameters, with ▲ or ▼ after a value at the high or low end of its grid; "–" if none
-    was searched."""
+    """The tuned hyperparameters, ▲ or ▼ after a value at an end of its grid; "–" if none was searched."""
     marks = {name: " ▲" if side == "high" else " ▼" for name, side in entry.on_edge}
-    return (
-        ", ".join(f"{setting({name: value})}{marks.get(name, '')}" for name, value in entry.setting.items())
-        or "–"
-    )
+    return ", ".join(f"{setting({name: value})}{marks.get(name, '')}" for name, value in entry.setting.items()) or "–"
 
 
 def score_text(entry: Entry) -> str:

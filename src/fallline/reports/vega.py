@@ -1,5 +1,4 @@
-"""What draws the charts: Vega, Vega-Lite and vega-embed as one script, and still pictures for readers without
-scripts.
+"""What draws the charts: Vega-Lite as one script, and still pictures for readers without scripts.
 
 Both come out of vl-convert, which holds the JavaScript libraries, so nothing is ever downloaded. Bundling
 them takes
@@ -9,11 +8,13 @@ kept.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,70 +25,92 @@ STILL_WIDTH = 920
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 """All that the page needs of the libraries; the bundle brings what it depends on."""
 
-BUNDLE = (
-    f"import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle({SNIPPET!r}).encode())"
-)
+BUNDLE = f"import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle({SNIPPET!r}).encode())"
 
 
-def bundle() -> Callable[[], str]:
-    """Begin to make the script; call what is returned to have it.
+@contextlib.contextmanager
+def bundling() -> Iterator[Callable[[], str]]:
+    """Begin to make the script; what is given, called inside the block, waits for it and returns it.
 
     The bundling holds Python's global lock, so it runs in a process of its own while the caller goes on.
     """
-    kept = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
-    try:
-        text = kept.read_text(encoding="utf-8")
-    except OSError:
-        pass
-    else:
-        return lambda: text
+    kept = cache_file()
+    if kept is not None and kept.exists():
+        yield lambda: kept.read_text(encoding="utf-8")
+        return
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", BUNDLE],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
         )
     except OSError:
-        return lambda: _kept(vl_convert.javascript_bundle(SNIPPET), kept)
+        yield lambda: _keep(_bundle(), kept)
+        return
+    with process:
 
-    def wait() -> str:
-        made, _ = process.communicate()
-        return _kept(
-            made.decode() if process.returncode == 0 else vl_convert.javascript_bundle(SNIPPET), kept
-        )
+        def wait() -> str:
+            made, _ = process.communicate()
+            return _keep(made.decode() if process.returncode == 0 else _bundle(), kept)
 
-    return wait
-
-
-def cache_folder() -> Path:
-    """The folder for what can be made again, by the convention of the system."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fallline"
+        try:
+            yield wait
+        finally:
+            if process.poll() is None:  # whoever asked for the script failed before taking it
+                process.kill()
 
 
-def _kept(text: str, path: Path) -> str:
-    """Keep a text for the next time, whole or not at all; a folder that cannot be written costs time and
-    nothing else."""
+def _bundle() -> str:
+    import vl_convert
+
+    return vl_convert.javascript_bundle(SNIPPET)
+
+
+def cache_file() -> Path | None:
+    """Where the script is kept: in the system's folder for what can be made again, if it has one."""
+    name = f"vega-{metadata.version('vl-convert-python')}.js"
     try:
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
+    return Path(base) / "fallline" / name
+
+
+def _keep(text: str, path: Path | None) -> str:
+    """Keep a text for the next time, whole or not at all; where that fails it costs time, no more."""
+    if path is None:
+        return text
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         Path(temporary).replace(path)
-    except OSError:
-        pass
     return text
 
 
-def still(spec: Mapping[str, Any], theme: Mapping[str, Any]) -> str:
-    """A chart as an SVG picture: its specification drawn once, without what only a mouse can find."""
+def still(name: str, spec: Mapping[str, Any], theme: Mapping[str, Any]) -> str:
+    """A chart as an SVG picture, without what only a mouse can find; equal charts give equal pictures.
+
+    Args:
+        name: of the chart in its page; the ids inside the picture begin with it.
+        spec: a layered Vega-Lite specification.
+        theme: a Vega-Lite configuration.
+    """
     import vl_convert
 
     seen = [layer for layer in spec["layer"] if layer["mark"].get("opacity") != 0]
-    return vl_convert.vegalite_to_svg({**spec, "layer": seen, "width": STILL_WIDTH}, config=dict(theme))
+    picture = vl_convert.vegalite_to_svg({**spec, "layer": seen, "width": STILL_WIDTH}, config=dict(theme))
+    # Vega numbers its clipping paths through all the pictures of a process.
+    numbers = list(dict.fromkeys(re.findall(r'id="clip(\d+)"', picture)))
+    return re.sub(
+        r"\bclip(\d+)\b",
+        lambda found: f"{name}-clip{numbers.index(found[1])}" if found[1] in numbers else found[0],
+        picture,
+    )

@@ -30,8 +30,9 @@ class Trained(Protocol):
     """Trials under way: a population, or one trial by itself."""
 
     rows: np.ndarray[Any, np.dtype[Any]]
-    step: int
 
+    @property
+    def step(self) -> int: ...
     @property
     def alive(self) -> np.ndarray[Any, np.dtype[np.bool_]]: ...
     def train_steps(self, count: int) -> Array: ...
@@ -87,12 +88,11 @@ class Alone:
         self.trial.restore(tensors, step)
 
 
-def start(
-    engine: str, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device
-) -> Trained:
+def start(engine: str, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device) -> Trained:
     """The trials of a pack at step 0, in the engine of that name."""
-    made: Trained = (Alone if engine == "sequential" else Population)(task, plans, steps=steps, device=device)
-    return made
+    if engine == "sequential":
+        return Alone(task, plans, steps=steps, device=device)
+    return Population(task, plans, steps=steps, device=device)
 
 
 def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
@@ -107,9 +107,7 @@ def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
         return EngineChoice("sequential", "asked for")
     obstacle = why_not_vectorised(task, device)
     if obstacle is None:
-        return EngineChoice(
-            "vectorised", "asked for" if engine == "vectorised" else "the model can be vectorised"
-        )
+        return EngineChoice("vectorised", "asked for" if engine == "vectorised" else "the model can be vectorised")
     if engine == "vectorised":
         raise InvalidSweep(f"the model cannot be vectorised: {obstacle}. Give engine='sequential' or 'auto'.")
     return EngineChoice("sequential", f"the model cannot be vectorised: {obstacle}")
@@ -121,10 +119,7 @@ def why_not_vectorised(task: Task, device: torch.device) -> str | None:
     Two trials are taken one step as a population and as the modules they are; losses, gradients and buffers must agree.
     """
     optimizer = sgd(lr=1e-3)
-    plans = [
-        TrialPlan(i, Configuration(0, "probe", task.loss, optimizer, {}), seed)
-        for i, seed in enumerate((0, 1))
-    ]
+    plans = [TrialPlan(i, Configuration(0, "probe", task.loss, optimizer, {}), seed) for i, seed in enumerate((0, 1))]
     try:
         population = Population(task, plans, steps=1, device=device)
         losses, grads = population.losses_and_gradients()
@@ -180,9 +175,7 @@ def _culprit(error: Exception, task: Task) -> str:
         if isinstance(owner, nn.Module):
             if not chain:
                 chain = list(owner.named_modules())
-            who = next(
-                (f"{type(m).__name__} {n!r}" if n else type(m).__name__ for n, m in chain if m is owner), who
-            )
+            who = next((f"{type(m).__name__} {n!r}" if n else type(m).__name__ for n, m in chain if m is owner), who)
     if who == "the loss or the metric" and not names:
         who = "the model"
     return f"{who}: {message}"

@@ -21,7 +21,7 @@ from fallline.training import checkpoint
 # A pack checkpoints itself at the end of a block when so many seconds have passed.
 SECONDS_BETWEEN_CHECKPOINTS = 15.0
 # Trials in a pack: enough to fill the vector units, few enough that parameters and optimizer state stay in the cache.
-LARGEST_PACK = {"cpu": 64, "cuda": 4096}
+LARGEST_PACK = {"cpu": 128, "cuda": 4096}
 # Numbers that a pack may hold in parameters, gradients and optimizer state.
 LARGEST_STATE = {"cpu": 2**25, "cuda": 2**29}
 
@@ -127,8 +127,8 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
         rows = population.rows
         losses = population.train_steps(end - begin)
         if job.keep_parameters == "all":
-            for row in np.flatnonzero(~population.alive):
-                _save_parameters(job, population, int(row))
+            for dead in np.flatnonzero(~population.alive).tolist():
+                _save_parameters(job, population, dead)
         population.compact()
         inside = np.isin(rows, population.rows)
         metric = np.full(len(rows), np.nan)

@@ -7,7 +7,7 @@ from typing import Any
 from fallline.optim import Optimizer
 from fallline.optim.catalogue import CATALOGUE
 
-PROGRAM = '''\
+PROGRAM = """\
 import torch
 import fallline as fl
 
@@ -36,7 +36,7 @@ model.eval()
 with torch.no_grad():
     prediction = model(task.validation.x)
 print("{metric}:", float(task.metric(prediction, task.validation.y)))
-'''
+"""
 
 
 def code(spec: dict[str, Any], optimizer: Optimizer, loss_code: str, seed: int) -> str:

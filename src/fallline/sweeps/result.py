@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,10 @@ class Best:
 class Result:
     """A sweep's trials, history, ranking and winner, read from its run directory when they are asked for."""
 
-    def __init__(self, path: str | Path, *, owner: TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, path: str | Path, *, temporary: Path | None = None) -> None:
         self.path = Path(path)
-        self._owner = owner  # a directory that nobody asked for goes when the result goes
+        if temporary is not None:  # a directory that nobody asked for goes when the result goes
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
         self._directory = RunDirectory(self.path)
         self.spec: dict[str, Any] = self._directory.spec
 
@@ -66,9 +68,7 @@ class Result:
         """Losses and evaluations of every trial."""
         dtype = np.float64 if self.spec["task"]["dtype"] == "float64" else np.float32
         plan = self._directory.table(TRIALS)
-        return history_of(
-            self._directory.recorded(), len(plan), self.spec["steps"], self.spec["evaluate_every"], dtype
-        )
+        return history_of(self._directory.recorded(), len(plan), self.spec["steps"], self.spec["evaluate_every"], dtype)
 
     @cached_property
     def trials(self) -> pl.DataFrame:
@@ -181,51 +181,49 @@ def load(path: str | Path) -> Result:
     return Result(path)
 
 
-def with_results(plan: pl.DataFrame, history: History, higher_is_better: bool) -> pl.DataFrame:
+def with_results(plan: pl.DataFrame, recorded: pl.DataFrame, history: History, higher_is_better: bool) -> pl.DataFrame:
     """The table of trials with how each ended.
 
-    Adds `status` (completed, diverged, interrupted), `ended_at` (steps made), `final_train_loss`, `final_metric`,
-    `best_metric`, `best_step`, `final_validation_loss`; null where there is none.
+    Adds `status` (completed, diverged, interrupted), `ended_at` (updates made), `final_train_loss`, `final_metric`,
+    `best_metric`, `best_step`, `final_validation_loss`; null where there is none, as for a trial that diverged.
+
+    Args:
+        plan: the table as it was before the first step.
+        recorded: the blocks, one row per trial and block.
+        history: the same as arrays.
     """
-    recorded = ~np.isnan(history.train_loss) | _ended_in_nan(history)
-    made = np.where(recorded.any(axis=1), recorded.shape[1] - np.argmax(recorded[:, ::-1], axis=1), 0)
-    last = history.train_loss[np.arange(len(made)), np.maximum(made - 1, 0)]
-    diverged = (made > 0) & ~np.isfinite(last)
-    evaluated = ~np.isnan(history.metric) | ~np.isnan(history.validation_loss)
-    count = evaluated.sum(axis=1)
-    complete = (made == history.train_loss.shape[1]) & evaluated[:, -1] & ~diverged
-    column = np.maximum(count - 1, 0)
-    rows = np.arange(len(made))
-    seen = (count > 0) & ~diverged
+    trials, steps = history.train_loss.shape
+    reached = np.zeros(trials, dtype=np.int64)  # up to which step anything was recorded
+    np.maximum.at(reached, recorded["trial"].to_numpy(), recorded["evaluated_at"].to_numpy())
+    bad = ~np.isfinite(history.train_loss) & (np.arange(steps) < reached[:, None])
+    diverged = bad.any(axis=1)
+    made = np.where(diverged, bad.argmax(axis=1), reached)
+    status = np.where(diverged, "diverged", np.where(reached == steps, "completed", "interrupted"))
+    rows = np.arange(trials)
+    last = np.searchsorted(history.evaluation_step, made, side="right") - 1
+    ended_well = ~diverged & (made > 0)
     worst = -np.inf if higher_is_better else np.inf
-    filled = np.where(np.isnan(history.metric), worst, history.metric)
-    best = filled.argmax(axis=1) if higher_is_better else filled.argmin(axis=1)
-    any_metric = np.isfinite(filled).any(axis=1)
-
-    def column_of(values: Any, where: Any) -> pl.Series:
-        return pl.Series([float(v) if w else None for v, w in zip(values, where, strict=True)], dtype=pl.Float64)
-
+    metric = np.where(np.isnan(history.metric), worst, history.metric)
+    best = metric.argmax(axis=1) if higher_is_better else metric.argmin(axis=1)
+    any_metric = np.isfinite(metric).any(axis=1)
+    final_loss = history.train_loss[rows, np.maximum(made - 1, 0)].astype(np.float64)
     return plan.with_columns(
-        status=pl.Series(np.where(diverged, "diverged", np.where(complete, "completed", "interrupted"))),
+        status=pl.Series(status),
         ended_at=pl.Series(made),
-        final_train_loss=column_of(last, made > 0),
-        final_metric=column_of(history.metric[rows, column], seen),
-        best_metric=column_of(history.metric[rows, best], any_metric),
-        best_step=pl.Series(
-            [int(s) if a else None for s, a in zip(history.evaluation_step[best], any_metric, strict=True)],
-            dtype=pl.Int64,
-        ),
-        final_validation_loss=column_of(history.validation_loss[rows, column], seen),
+        final_train_loss=_where(ended_well, final_loss),
+        final_metric=_where(ended_well, history.metric[rows, last]),
+        best_metric=_where(any_metric, history.metric[rows, best]),
+        best_step=_where(any_metric, history.evaluation_step[best].astype(np.float64)).cast(pl.Int64),
+        final_validation_loss=_where(ended_well, history.validation_loss[rows, last]),
     )
+
+
+def _where(there: Any, values: Any) -> pl.Series:
+    """The values, null where there are none."""
+    return pl.Series(np.where(there, values, np.nan)).fill_nan(None)
 
 
 def best_trial(trials: pl.DataFrame, higher_is_better: bool) -> int:
     """The trial with the best final metric (the first of equals); the first one where none has any."""
     ordered = trials.sort("final_metric", descending=higher_is_better, nulls_last=True, maintain_order=True)
     return int(ordered["trial"][0])
-
-
-def _ended_in_nan(history: History) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """[trial, record], where a trial's last loss was recorded as NaN: it diverged to NaN itself, not to infinity."""
-    found = np.zeros(history.train_loss.shape, dtype=bool)
-    return found

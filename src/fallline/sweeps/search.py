@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import qmc
 
 from fallline.errors import InvalidHyperparameter, InvalidSweep
 from fallline.losses import Loss
@@ -96,6 +95,8 @@ def _choices(optimizer: Optimizer, samples: int, search_seed: int) -> list[dict[
     ranges = [d for d in dimensions if d.values is None]
     drawn: list[dict[Dimension, object]] = [{}]
     if ranges:
+        from scipy.stats import qmc  # slow to import, and rarely needed
+
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise InvalidSweep(f"samples = {samples!r} is not a whole number of at least 1.")
         sequence = qmc.Sobol(len(ranges), seed=search_seed)

@@ -54,14 +54,8 @@ class RunDirectory:
             RunDirectoryError: when there is something at that path already, or it cannot be written.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            what = (
-                "holds another run"
-                if (path / SPEC).exists()
-                else "is there already and is no run of fallline"
-            )
-            mend = (
-                "Give another directory, or resume it" if (path / SPEC).exists() else "Give another directory"
-            )
+            what = "holds another run" if (path / SPEC).exists() else "is there already and is no run of fallline"
+            mend = "Give another directory, or resume it" if (path / SPEC).exists() else "Give another directory"
             raise RunDirectoryError(f"{path} {what}. {mend}.")
         made: Path | None = None
         try:
@@ -177,10 +171,7 @@ def plan_table(plans: Sequence[TrialPlan]) -> pl.DataFrame:
                 "loss": repr_of_loss(configuration),
                 "optimizer": configuration.label,
                 "seed": plan.seed,
-                **{
-                    n: float(v) if isinstance(v, int) and not isinstance(v, bool) else v
-                    for n, v in arguments.items()
-                },
+                **{n: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for n, v in arguments.items()},
             }
         )
     return pl.DataFrame(rows, infer_schema_length=None)

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,16 @@ EVALUATIONS = 20
 # New blocks are written at most so often, in seconds; what a killed sweep loses.
 SECONDS_BETWEEN_WRITES = 0.2
 # What may differ between a run and its continuation.
-INCIDENTAL = ("created", "versions", "command", "workers", "seconds", "trials_per_second", "complete", "packs")
+INCIDENTAL = (
+    "created",
+    "versions",
+    "command",
+    "workers",
+    "seconds",
+    "trials_per_second",
+    "complete",
+    "packs",
+)
 
 
 def default_optimizers(points: int = 13) -> list[Optimizer]:
@@ -163,12 +172,12 @@ def sweep(
         "trials_per_second": None,
         "complete": False,
     }
-    owner = TemporaryDirectory(prefix="fallline-") if out is None else None
-    path = Path(owner.name) / "run" if owner is not None else Path(str(out))
+    temporary = Path(mkdtemp(prefix="fallline-")) if out is None else None
+    path = temporary / "run" if temporary is not None else Path(str(out))
     directory = _open(path, spec, resume, chosen, plans)
     job = Job(tasks, plans, choice.engine, where, budget, every, path, keep_parameters)
     _train(job, directory, progress, task.name, float(directory.spec["seconds"]), began)
-    return Result(path, owner=owner)
+    return Result(path, temporary=temporary)
 
 
 def _train(
@@ -197,11 +206,11 @@ def _train(
                         pending, written = [], time.monotonic()
             finally:
                 directory.append(pending)
-    history = history_of(
-        directory.recorded(), len(job.plans), job.steps, job.evaluate_every, np.float64
-    )
+    recorded = directory.recorded()
+    history = history_of(recorded, len(job.plans), job.steps, job.evaluate_every, np.float64)
     higher = next(iter(job.tasks.values())).metric.higher_is_better
-    trials = with_results(directory.table(TRIALS).select(pl.exclude(_RESULT_COLUMNS)), history, higher)
+    plan = directory.table(TRIALS).select(pl.exclude(_RESULT_COLUMNS))
+    trials = with_results(plan, recorded, history, higher)
     complete = bool((trials["status"] != "interrupted").all())
     seconds = seconds_before + time.monotonic() - began
     ended = int((trials["status"] != "interrupted").sum())
@@ -230,10 +239,15 @@ def _share_done(job: Job, block: Block) -> float:
 
 def _still_to_do(job: Job, directory: RunDirectory, planned: list[Pack]) -> tuple[list[Pack], float]:
     """The packs that have not ended, each rid of a checkpoint that is ahead of the history, and the trials' worth done."""
-    table = directory.recorded().sort("start").group_by("trial").agg(
-        pl.col("evaluated_at").last(),
-        pl.len().alias("blocks"),
-        pl.col("train_loss").last().list.last().alias("last_loss"),
+    table = (
+        directory.recorded()
+        .sort("start")
+        .group_by("trial")
+        .agg(
+            pl.col("evaluated_at").last(),
+            pl.len().alias("blocks"),
+            pl.col("train_loss").last().list.last().alias("last_loss"),
+        )
     )
     state = {row["trial"]: row for row in table.to_dicts()}
     ends = evaluation_steps(job.steps, job.evaluate_every).tolist()
@@ -275,7 +289,11 @@ def _keep_best_parameters(path: Path, trials: pl.DataFrame, higher_is_better: bo
 
 
 def _open(
-    path: Path, spec: dict[str, Any], resume: bool, chosen: Sequence[search.Configuration], plans: Sequence[TrialPlan]
+    path: Path,
+    spec: dict[str, Any],
+    resume: bool,
+    chosen: Sequence[search.Configuration],
+    plans: Sequence[TrialPlan],
 ) -> RunDirectory:
     if not resume:
         return RunDirectory.create(path, spec, chosen, plans)
@@ -408,4 +426,3 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-

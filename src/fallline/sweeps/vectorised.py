@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,15 +48,15 @@ class Population:
         self.steps = steps
         self.device = device
         self.step = 0
+        self.constants: dict[str, Tensor] = {}
+        self._flat: Tensor
         ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
         self.rows = np.array([plan.index for plan in ordered])
         self.seeds = [plan.seed for plan in ordered]
         self.train = (task.train.x.to(device), task.train.y.to(device))
         self.validation = (task.validation.x.to(device), task.validation.y.to(device))
         self.orders = {
-            seed: BatchOrder(
-                len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle
-            )
+            seed: BatchOrder(len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle)
             for seed in dict.fromkeys(self.seeds)
         }
         self._stack_models()
@@ -74,9 +74,7 @@ class Population:
         for position in range(count):
             losses[:, position] = torch.where(self._alive.squeeze(1), self._one_step(), torch.nan)
         recorded = losses.cpu().numpy()
-        ended = (
-            np.cumsum(~np.isfinite(recorded), axis=1) > 1
-        )  # the first loss that is not finite is kept as it was
+        ended = np.cumsum(~np.isfinite(recorded), axis=1) > 1  # the first loss that is not finite is kept as it was
         recorded[ended] = np.nan
         return recorded
 
@@ -127,9 +125,7 @@ class Population:
         for number, family in enumerate(self.families):
             kept[f"family/{number}/step"] = family.state["step"]
             for name, slots in family.state["slots"].items():
-                kept.update(
-                    {f"family/{number}/slots/{slot}/{name}": tensor for slot, tensor in slots.items()}
-                )
+                kept.update({f"family/{number}/slots/{slot}/{name}": tensor for slot, tensor in slots.items()})
         return kept
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
@@ -261,10 +257,10 @@ class Population:
         flat = self._flat[start:stop]
         if not optimizer.elementwise:
             state: State = vmap(optimizer.init)(self.layout.views(flat))
-            return _map(state, torch.Tensor.clone)
+            return cast(State, _map(state, torch.Tensor.clone))
         state = vmap(lambda p: optimizer.init({FLAT: p}))(flat)
         # Numbers of the state broadcast against the flat rows like the hyperparameters: [row, 1].
-        return _map(state, lambda tensor: tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.clone())
+        return cast(State, _map(state, lambda tensor: tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.clone()))
 
     def _index_rows(self) -> None:
         """What depends on which rows there are."""

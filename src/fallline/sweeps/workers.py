@@ -50,9 +50,7 @@ def worker_count(workers: int | str, *, device: torch.device, packs: int, work: 
     return min(_cores(), packs) if work > WORTH_A_PROCESS else 1
 
 
-def train_packs(
-    job: Job, packs: Sequence[Pack], workers: int, stop: Callable[[], bool]
-) -> Iterator[Message | None]:
+def train_packs(job: Job, packs: Sequence[Pack], workers: int, stop: Callable[[], bool]) -> Iterator[Message | None]:
     """Trains packs in so many processes (here, if it is one); yields what they send, and None now and then.
 
     Args:
@@ -83,15 +81,15 @@ def train_packs(
             ready = multiprocessing.connection.wait(list(busy), timeout=0.2)
             if not ready:
                 yield None
-            for connection in ready:
-                assert isinstance(connection, Connection)
+            for connection in (c for c in busy if c in ready):
                 message = _receive(connection)
                 yield message
                 if isinstance(message, PackEnd):
                     if waiting:
                         connection.send(waiting.popleft())
                     else:
-                        del busy[connection]
+                        busy[connection] = False
+            busy = {connection: True for connection, working in busy.items() if working}
 
 
 def use_one_thread() -> None:

@@ -138,9 +138,7 @@ def _collated(dataset: Any, collate: Callable[[list[Any]], Any], role: str) -> t
             f"The {role} data set {type(dataset).__name__} could not be read: {type(error).__name__}: {error}"
         ) from error
     if not samples:
-        raise InvalidTask(
-            f"The {role} data hold no samples; at least 2 are needed. Pass a data set that is not empty."
-        )
+        raise InvalidTask(f"The {role} data hold no samples; at least 2 are needed. Pass a data set that is not empty.")
     if not isinstance(samples[0], tuple | list) or len(samples[0]) != 2:
         shape = f" of {len(samples[0])} elements" if isinstance(samples[0], tuple | list) else ""
         raise InvalidTask(
@@ -173,17 +171,11 @@ def _tensor(array: object, name: str) -> Tensor:
                 "rows of equal length: a tensor, a numpy array or a list."
             ) from error
     if tensor.layout != torch.strided:
-        raise InvalidTask(
-            f"The array {name} is sparse, and is expected dense. Give {name.split()[1]}.to_dense()."
-        )
+        raise InvalidTask(f"The array {name} is sparse, and is expected dense. Give {name.split()[1]}.to_dense().")
     if tensor.ndim == 0:
-        raise InvalidTask(
-            f"The array {name} is a single number, and is expected to hold one entry for each sample."
-        )
+        raise InvalidTask(f"The array {name} is a single number, and is expected to hold one entry for each sample.")
     if tensor.is_complex():
-        raise InvalidTask(
-            f"The array {name} is complex, and real numbers are expected. Give torch.view_as_real of it."
-        )
+        raise InvalidTask(f"The array {name} is complex, and real numbers are expected. Give torch.view_as_real of it.")
     return tensor
 
 
@@ -227,9 +219,7 @@ def split(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
     (8, 2)
     """
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
-        raise InvalidTask(
-            f"validation_fraction={fraction!r} was given, and a number between 0 and 1 is expected."
-        )
+        raise InvalidTask(f"validation_fraction={fraction!r} was given, and a number between 0 and 1 is expected.")
     total = len(data)
     if total < 2:
         raise InvalidTask(

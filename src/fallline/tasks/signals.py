@@ -146,7 +146,7 @@ def _resampled(signal: NDArray[np.float64], points: int) -> NDArray[np.float64]:
 
 
 def _smoothed(noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    from scipy.ndimage import gaussian_filter1d  # type: ignore[import-untyped]
+    from scipy.ndimage import gaussian_filter1d
 
     smooth: NDArray[np.float64] = gaussian_filter1d(noise, 2, axis=1)
     return smooth

@@ -53,7 +53,7 @@ def _linear(dtype: torch.dtype) -> nn.Module:
 
 
 def _digit_images(dtype: torch.dtype) -> Data:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     return Data(torch.tensor(images / 16, dtype=dtype), torch.tensor(labels, dtype=torch.int64))
@@ -99,8 +99,7 @@ def _digits_cnn(dtype: torch.dtype) -> nn.Module:
 
 
 def diabetes(dtype: torch.dtype = torch.float32) -> Task:
-    """Progression of diabetes after a year from ten measurements; a network 10-32-1, squared error, batches
-    of 64.
+    """Diabetes after a year from ten measurements; a network 10-32-1, squared error, batches of 64.
 
     x [N, 10] and y [N, 1], both standardised by the mean and standard deviation of the training samples.
     """
@@ -127,8 +126,7 @@ def diabetes(dtype: torch.dtype = torch.float32) -> Task:
 
 
 def two_moons(dtype: torch.dtype = torch.float32) -> Task:
-    """Two interleaved half circles with noise; a network 2-32-1, binary cross-entropy with logits, batches of
-    64.
+    """Two interleaved half circles with noise; a network 2-32-1, binary cross-entropy, batches of 64.
 
     x [N, 2], y [N, 1] of 0 or 1.
     """

@@ -217,8 +217,7 @@ class Task:
             raise
         except Exception as error:
             raise InvalidTask(
-                f"The {what} of task {self.name!r} fails on the first {role} batch: {type(error).__name__}: "
-                f"{error}"
+                f"The {what} of task {self.name!r} fails on the first {role} batch: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(value, Tensor):
             raise InvalidTask(

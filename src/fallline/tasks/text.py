@@ -42,7 +42,7 @@ def char_lm(dtype: torch.dtype = torch.float32) -> Task:
 
 
 def _text() -> str:
-    from sklearn import datasets  # type: ignore[import-untyped]
+    from sklearn import datasets
 
     loaders = (
         datasets.load_iris,

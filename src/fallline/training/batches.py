@@ -18,9 +18,7 @@ class BatchOrder:
     [[2, 0], [1], [2, 1]]
     """
 
-    def __init__(
-        self, n: int, batch_size: int, seed: int, *, drop_last: bool = False, shuffle: bool = True
-    ) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, *, drop_last: bool = False, shuffle: bool = True) -> None:
         self.n = n
         self.batch_size = batch_size
         self.seed = seed

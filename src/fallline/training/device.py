@@ -21,9 +21,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceUnavailable(
-            f"there is no device {str(name)!r}: give auto, cpu, cuda or cuda:N."
-        ) from None
+        raise DeviceUnavailable(f"there is no device {str(name)!r}: give auto, cpu, cuda or cuda:N.") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
@@ -32,7 +30,5 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     index = device.index or 0
     if index >= count:
         has = f"{count} CUDA device(s)" if count else "no CUDA device"
-        raise DeviceUnavailable(
-            f"{str(name)!r} is not there: this machine has {has}. Give device='cpu' or 'auto'."
-        )
+        raise DeviceUnavailable(f"{str(name)!r} is not there: this machine has {has}. Give device='cpu' or 'auto'.")
     return torch.device("cuda", index)

@@ -114,9 +114,7 @@ def fit(
     if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
         raise InvalidSweep(f"patience = {patience!r} is not a whole number of at least 1.")
     if not isinstance(optimizer, Optimizer):
-        raise InvalidHyperparameter(
-            f"{optimizer!r} is not an optimizer of fallline: give one like fl.optim.adam()."
-        )
+        raise InvalidHyperparameter(f"{optimizer!r} is not an optimizer of fallline: give one like fl.optim.adam().")
     lr = learning_rate(optimizer)
     if loss is not None:
         task = task.with_loss(loss)
@@ -160,9 +158,7 @@ def learning_rate(optimizer: Optimizer) -> float | None:
     """
     lr = optimizer.arguments.get("lr")
     if isinstance(lr, int | float) and lr <= 0:
-        raise InvalidHyperparameter(
-            f"lr = {lr!r} would leave the model as it is: give a learning rate above 0."
-        )
+        raise InvalidHyperparameter(f"lr = {lr!r} would leave the model as it is: give a learning rate above 0.")
     return float(lr) if isinstance(lr, int | float) else None
 
 
@@ -213,9 +209,7 @@ def _folder(out: str | Path | None, identity: dict[str, Any], resume: bool, reco
         return folder
     tensors, state = found
     if not resume:
-        raise RunDirectoryError(
-            f"{out} holds another run: give resume=True to go on with it, or another directory."
-        )
+        raise RunDirectoryError(f"{out} holds another run: give resume=True to go on with it, or another directory.")
     for key, value in identity.items():
         if state.get(key) != value:
             raise RunDirectoryError(

@@ -44,9 +44,7 @@ class Layout:
         found, offset = {}, 0
         for name, shape in zip(self.names, self.shapes, strict=True):
             count = math.prod(shape)
-            found[name] = (
-                flat[..., offset : offset + count].unflatten(-1, shape) if shape else flat[..., offset]
-            )
+            found[name] = flat[..., offset : offset + count].unflatten(-1, shape) if shape else flat[..., offset]
             offset += count
         return found
 
@@ -54,9 +52,7 @@ class Layout:
         """The optimizer's state of a flat vector as the state of its parameters."""
         slots: dict[str, dict[str, Tensor]] = {name: {} for name in self.names}
         for slot, tensor in state["slots"][FLAT].items():
-            parts = (
-                self.views(tensor) if tensor.shape[-1:] == (self.size,) else dict.fromkeys(self.names, tensor)
-            )
+            parts = self.views(tensor) if tensor.shape[-1:] == (self.size,) else dict.fromkeys(self.names, tensor)
             for name, part in parts.items():
                 slots[name][slot] = part.clone()
         return {"step": state["step"], "slots": slots}

@@ -31,9 +31,7 @@ class Trial:
     in a plain loop, whatever else draws random numbers in between.
     """
 
-    def __init__(
-        self, task: Task, optimizer: Optimizer, seed: int, *, steps: int, device: torch.device
-    ) -> None:
+    def __init__(self, task: Task, optimizer: Optimizer, seed: int, *, steps: int, device: torch.device) -> None:
         self.task = task
         self.optimizer = optimizer
         self.seed = seed
@@ -55,9 +53,7 @@ class Trial:
         self.layout: Layout | None = None
         self.flat: Tensor | None = None
         self.state: State = {}
-        self._numbers = {
-            n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in optimizer.numbers.items()
-        }
+        self._numbers = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in optimizer.numbers.items()}
         self._lay_out()
 
     @property
@@ -147,9 +143,7 @@ class Trial:
             )
             self.flat.add_(torch.where(finite, updates[FLAT], 0))
             return
-        updates, self.state = self.optimizer.update(
-            grads, self.state, self.params, self._numbers, steps=self.steps
-        )
+        updates, self.state = self.optimizer.update(grads, self.state, self.params, self._numbers, steps=self.steps)
         for name, update in updates.items():
             self.params[name].add_(torch.where(finite, update, 0))
 

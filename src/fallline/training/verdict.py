@@ -48,7 +48,8 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
     last and L* the lowest piece:
     *diverged*: a loss is not finite; *unstable*: L is above L₁, or more than 1.5 L* above L* in the last quarter's mean;
     *too slow*: all of training lowered the loss by under 10 %, and it is still falling; *converged*: the last quarter
-    lowered it by under 2 % of what training did; *still improving*: the rest.
+    lowered it by under 2 % of what training did, and by under 5 % of itself, or within its noise, or below a thousandth
+    of L₁; *still improving*: the rest.
 
     Args:
         train_loss: [step], the mini-batch loss before each update.
@@ -63,14 +64,8 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
     """
     losses = np.asarray(train_loss, dtype=np.float64)
     rate = f" (lr {lr:g})" if lr is not None else ""
-    lower = (
-        f"a learning rate three to ten times lower than {lr:g}" if lr is not None else "a lower learning rate"
-    )
-    higher = (
-        f"a learning rate three to ten times higher than {lr:g}"
-        if lr is not None
-        else "a higher learning rate"
-    )
+    lower = f"a learning rate three to ten times lower than {lr:g}" if lr is not None else "a lower learning rate"
+    higher = f"a learning rate three to ten times higher than {lr:g}" if lr is not None else "a higher learning rate"
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         step = int(bad[0])
@@ -84,9 +79,7 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
     quarter = max(1, len(pieces) // 4)
     tail = pieces[-quarter:].mean()
     if len(pieces) < 2:
-        return Verdict(
-            Outcome.STILL_IMPROVING, f"Too short to judge: {losses.size} step(s). Train for more steps."
-        )
+        return Verdict(Outcome.STILL_IMPROVING, f"Too short to judge: {losses.size} step(s). Train for more steps.")
     scale = max(abs(first), np.finfo(np.float64).tiny)
     if last > first + 0.05 * scale or (lowest > 0 and tail > 2.5 * lowest and tail > 0.1 * first):
         return Verdict(
@@ -103,7 +96,8 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
             f"Too slow: training lowered the loss by only {gained / scale:.1%}, from {first:.4g} to {last:.4g}{rate}. "
             f"Try {higher}.",
         )
-    if recent < 0.02 * max(gained, 0.0) or gained <= 0:
+    still = recent > 0.05 * abs(before) and recent > pieces[-quarter:].std() and before > 1e-3 * scale
+    if gained <= 0 or (recent < 0.02 * gained and not still):
         return Verdict(
             Outcome.CONVERGED,
             f"Converged: the loss went from {first:.4g} to {last:.4g} and hardly moved in the last quarter of training. "

@@ -1,0 +1,220 @@
+"""The commands: `fit`, `sweep`, `report`, and the lists `tasks`, `optimizers`, `losses`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fallline import __version__
+from fallline.cli import options
+
+if TYPE_CHECKING:
+    from fallline.sweeps.result import Result
+
+app = typer.Typer(
+    help="Find out which loss, optimizer and learning rate train a PyTorch model best, and see why.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Task = Annotated[
+    str,
+    typer.Argument(
+        help="A built-in task (see [bold]fallline tasks[/]), path/to/file.py:attribute, or package.module:attribute.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fallline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Find out which loss, optimizer and learning rate train a PyTorch model best, and see why."""
+
+
+@app.command()
+def fit(
+    task: Task,
+    optimizer: Annotated[
+        str, typer.Option(help="NAME, or NAME:argument=value,… (see [bold]fallline optimizers[/]).")
+    ] = "adam",
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rate; the optimizer's default without it.", show_default=False)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data. [dim]\\[default: 20][/]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates, instead of epochs.", show_default=False)] = None,
+    loss: Annotated[str | None, typer.Option(help="A loss by name, instead of the task's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the parameters and the order of the mini-batches.")] = 0,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop when the metric has not improved for so many epochs; keep the best.")
+    ] = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="A directory for checkpoints.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+) -> None:
+    """Train one configuration with one seed, and say how it went."""
+    import fallline as fl
+    from fallline.optim.catalogue import parse
+    from fallline.training.fit import EpochReport
+
+    arguments = {} if lr is None else {"lr": options.one_learning_rate(lr)}
+    made = parse(optimizer, **arguments)
+    chosen = fl.tasks.resolve(task)
+
+    def tell(report: EpochReport) -> None:
+        every = max(1, report.epochs // 10)
+        if report.epoch % every == 0 or report.epoch == report.epochs:
+            typer.echo(f"Epoch [{report.epoch}/{report.epochs}], Loss: {report.loss:.4f}")
+
+    run = fl.fit(
+        chosen, made, loss=loss, epochs=epochs, steps=steps, seed=seed, device=device, patience=patience,
+        out=out, resume=resume, on_epoch=tell,
+    )  # fmt: skip
+    if len(run.history.metric):
+        typer.echo(f"{run.task.metric.name} on validation data: {run.history.metric[-1]:.4f}")
+    typer.echo(str(run.verdict))
+    if run.stopped == "interrupted":
+        how = f"go on with: {_command(['--resume'])}" if out else "give --out DIR to be able to go on next time"
+        typer.echo(f"Interrupted after {run.steps} steps; {how}", err=True)
+        raise typer.Exit(130)
+
+
+@app.command()
+def sweep(
+    task: Task,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME, or NAME:argument=value,…; may be repeated. "
+            "[dim]\\[default: sgd, sgd:momentum=0.9, rmsprop, adam][/]",
+            show_default=False,
+        ),
+    ] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="A loss by name; may be repeated. [dim]\\[default: the task's][/]")
+    ] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            help="LOW:HIGH:N learning rates at equal ratios, or a list 0.01,0.1. "
+            "[dim]\\[default: 13 over each optimizer's usual range][/]",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per configuration; 8 or more let the ranking be sure.")] = 10,
+    steps: Annotated[int | None, typer.Option(help="Updates per trial. [dim]\\[default: 1000][/]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data, instead of steps.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory. [dim]\\[default: runs/TASK][/]", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    engine: Annotated[str, typer.Option(help="auto, vectorised or sequential.")] = "auto",
+    device: Device = "auto",
+    workers: Annotated[str, typer.Option(help="Processes that train side by side on the CPU.")] = "auto",
+    report: Annotated[bool, typer.Option(help="Write report.html into the run directory.")] = True,
+) -> None:
+    """Train every optimizer at every learning rate with every seed, at once, and rank them."""
+    import fallline as fl
+    from fallline.errors import InvalidSweep, RunDirectoryError
+
+    made = options.optimizers(optimizer or [], lr)
+    count: int | str = workers
+    if workers != "auto":
+        if not workers.isdigit():
+            raise InvalidSweep(f"--workers {workers!r} is neither auto nor a whole number.")
+        count = int(workers)
+    if resume and out is None:
+        raise RunDirectoryError("--resume needs the directory of the run: give --out DIR.")
+    chosen = fl.tasks.resolve(task)
+    folder = options.run_directory(out, chosen)
+    result = fl.sweep(
+        chosen, made, loss or None, seeds=seeds, steps=steps, epochs=epochs, engine=engine, device=device,
+        workers=count, out=folder, resume=resume, task_code=options.task_code(task), command=_command(),
+    )  # fmt: skip
+    if result.spec["engine"] == "sequential" and engine == "auto":
+        typer.echo(f"Trained one trial at a time: {result.spec['engine_reason']}.", err=True)
+    _show(result)
+    if not result.complete:
+        given = [] if out else ["--out", str(folder)]
+        again = _command([*given, *([] if resume else ["--resume"])])
+        typer.echo(f"Interrupted: what was done is kept in {folder}. Go on with: {again}", err=True)
+        raise typer.Exit(130)
+    if report:
+        typer.echo(f"Report: {result.report()}")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="The run directory of a sweep.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write it. [dim]\\[default: DIRECTORY/report.html][/]")
+    ] = None,
+) -> None:
+    """Print the ranking of a sweep again, and write its HTML report."""
+    import fallline as fl
+
+    result = fl.load(directory)
+    _show(result)
+    typer.echo(f"Report: {result.report(out)}")
+
+
+@app.command()
+def tasks() -> None:
+    """List the built-in tasks."""
+    from fallline.tasks import describe_builtins
+
+    _list(describe_builtins())
+
+
+@app.command()
+def optimizers() -> None:
+    """List the optimizers."""
+    from fallline.optim.catalogue import CATALOGUE
+
+    _list([(info.name, f"{info.formula}  [{info.paper}]") for info in CATALOGUE.values()])
+
+
+@app.command()
+def losses() -> None:
+    """List the losses."""
+    from fallline.losses import registry
+
+    _list([(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in registry.items()])
+
+
+def _list(rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    for name, text in rows:
+        table.add_row(name, text.replace("[", "\\["))
+    Console(highlight=False).print(table)
+
+
+def _show(result: Result) -> None:
+    typer.echo(str(result))
+
+
+def _command(extra: list[str] | None = None) -> str:
+    """What was typed, and what is added to it."""
+    import shlex
+
+    return shlex.join(["fallline", *sys.argv[1:], *(extra or [])])
