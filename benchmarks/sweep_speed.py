@@ -71,7 +71,7 @@ def plain_loop(task: Task, plans: list[TrialPlan], steps: int) -> Losses:
                 step += 1
                 if step == steps:
                     break
-        found[plan.index] = float(loss)
+        found[plan.index] = loss.item()
     return found
 
 
@@ -96,7 +96,8 @@ def engine(name: str) -> Callable[[Task, list[TrialPlan], int], Losses]:
         found: Losses = {}
         local = [TrialPlan(i, plan.configuration, plan.seed) for i, plan in enumerate(plans)]
         for pack in packs.make_packs(local, engine=name, device=device, numbers_per_trial=numbers, workers=1):
-            population = engines.start(name, task, [local[i] for i in pack.trials], steps=steps, device=device)
+            own = [local[i] for i in pack.trials]
+            population = engines.start(name, task, own, steps=steps, device=device, traced=True)
             losses = population.train_steps(steps)
             for row, trial in enumerate(population.rows.tolist()):
                 found[plans[trial].index] = float(losses[row, -1])
@@ -124,7 +125,7 @@ class Team:
         self.pipes = []
         for part in range(contender.processes):
             here, there = context.Pipe()
-            share = plans[part :: contender.processes]
+            share = [plans[i] for i in np.array_split(np.arange(len(plans)), contender.processes)[part]]
             context.Process(target=work, args=(contender, task, share, steps, there), daemon=True).start()
             self.pipes.append(here)
         for pipe in self.pipes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 
@@ -10,10 +12,33 @@ def main() -> None:
     from fallline.cli.app import app
     from fallline.errors import FalllineError
 
+    code: object = 0
     try:
-        app()
+        try:
+            app()
+        except SystemExit as leaving:
+            code = leaving.code
+        sys.stdout.flush()
     except FalllineError as error:
-        print(f"fallline: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        code = _refuse(str(error))
+    except BrokenPipeError:  # whoever read our output has seen enough
+        code = 1
+        _discard_output()
+    except OSError as error:  # a full disk, a file that may not be written
+        where = f": {error.filename}" if error.filename else ""
+        code = _refuse(f"{error.strerror or error}{where}.")
+        _discard_output()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _refuse(sentence: str) -> int:
+    print(f"fallline: {sentence}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere, so that the interpreter does not stumble over it when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

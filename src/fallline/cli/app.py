@@ -82,16 +82,22 @@ def fit(
         if report.epoch % every == 0 or report.epoch == report.epochs:
             typer.echo(f"Epoch [{report.epoch}/{report.epochs}], Loss: {report.loss:.4f}")
 
-    run = fl.fit(
-        chosen, made, loss=loss, epochs=epochs, steps=steps, seed=seed, device=device, patience=patience,
-        out=out, resume=resume, on_epoch=tell,
-    )  # fmt: skip
-    if len(run.history.metric):
+    go_on = f"go on with: {_command(resume=resume)}" if out else "give --out DIR to be able to go on next time."
+    try:
+        run = fl.fit(
+            chosen, made, loss=loss, epochs=epochs, steps=steps, seed=seed, device=device, patience=patience,
+            out=out, resume=resume, on_epoch=tell,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped at once; {go_on}", err=True)
+        raise typer.Exit(130) from None
+    if len(run.history.metric) and run.stopped != "diverged":
         typer.echo(f"{run.task.metric.name} on validation data: {run.history.metric[-1]:.4f}")
     typer.echo(str(run.verdict))
+    if run.stopped == "early stopping":
+        typer.echo(f"Stopped after {run.steps} steps: no better for {patience} epochs; the best model is kept.")
     if run.stopped == "interrupted":
-        how = f"go on with: {_command(['--resume'])}" if out else "give --out DIR to be able to go on next time"
-        typer.echo(f"Interrupted after {run.steps} steps; {how}", err=True)
+        typer.echo(f"Interrupted after {run.steps} steps; {go_on}", err=True)
         raise typer.Exit(130)
 
 
@@ -143,20 +149,23 @@ def sweep(
         raise RunDirectoryError("--resume needs the directory of the run: give --out DIR.")
     chosen = fl.tasks.resolve(task)
     folder = options.run_directory(out, chosen)
-    result = fl.sweep(
-        chosen, made, loss or None, seeds=seeds, steps=steps, epochs=epochs, engine=engine, device=device,
-        workers=count, out=folder, resume=resume, task_code=options.task_code(task), command=_command(),
-    )  # fmt: skip
+    go_on = f"what was done is kept in {folder}. Go on with: {_command(resume=resume, out=None if out else folder)}"
+    try:
+        result = fl.sweep(
+            chosen, made, loss or None, seeds=seeds, steps=steps, epochs=epochs, engine=engine, device=device,
+            workers=count, out=folder, resume=resume, task_code=options.task_code(task), command=_command(),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped at once: {go_on}" if folder.exists() else "Stopped before anything was trained.", err=True)
+        raise typer.Exit(130) from None
     if result.spec["engine"] == "sequential" and engine == "auto":
         typer.echo(f"Trained one trial at a time: {result.spec['engine_reason']}.", err=True)
     _show(result)
     if not result.complete:
-        given = [] if out else ["--out", str(folder)]
-        again = _command([*given, *([] if resume else ["--resume"])])
-        typer.echo(f"Interrupted: what was done is kept in {folder}. Go on with: {again}", err=True)
+        typer.echo(f"Interrupted: {go_on}", err=True)
         raise typer.Exit(130)
     if report:
-        typer.echo(f"Report: {result.report()}")
+        _report(result)
 
 
 @app.command()
@@ -171,7 +180,7 @@ def report(
 
     result = fl.load(directory)
     _show(result)
-    typer.echo(f"Report: {result.report(out)}")
+    _report(result, out)
 
 
 @app.command()
@@ -195,7 +204,8 @@ def losses() -> None:
     """List the losses."""
     from fallline.losses import registry
 
-    _list([(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in registry.items()])
+    first = [(name, (make.__doc__ or "").strip().split("\n\n")[0]) for name, make in registry.items()]
+    _list([(name, " ".join(paragraph.split())) for name, paragraph in first])
 
 
 def _list(rows: list[tuple[str, str]]) -> None:
@@ -213,8 +223,22 @@ def _show(result: Result) -> None:
     typer.echo(str(result))
 
 
-def _command(extra: list[str] | None = None) -> str:
-    """What was typed, and what is added to it."""
+def _report(result: Result, out: Path | None = None) -> None:
+    from fallline.errors import RunDirectoryError
+
+    try:
+        typer.echo(f"Report: {result.report(out)}")
+    except OSError as error:
+        target = out or result.path / "report.html"
+        raise RunDirectoryError(
+            f"the report {target} could not be written: {error.strerror or error}. The run is whole; try again with: "
+            f"fallline report {result.path}"
+        ) from error
+
+
+def _command(*, resume: bool = True, out: Path | None = None) -> str:
+    """What was typed; with `--resume` if that was not among it, and with `--out` if there is one to be added."""
     import shlex
 
-    return shlex.join(["fallline", *sys.argv[1:], *(extra or [])])
+    added = [*(["--out", str(out)] if out else []), *([] if resume else ["--resume"])]
+    return shlex.join(["fallline", *sys.argv[1:], *added])

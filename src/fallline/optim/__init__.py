@@ -5,6 +5,7 @@ Read `base` for what an optimizer is, `transforms` for the stages, `optimizers` 
 
 from fallline.optim import schedules
 from fallline.optim.base import Optimizer, State, Transform, chain, per_tensor
+from fallline.optim.description import described
 from fallline.optim.optimizers import adam, adamw, lion, rmsprop, sgd
 from fallline.optim.schedules import Schedule
 from fallline.optim.transforms import (
@@ -28,6 +29,7 @@ __all__ = [
     "add_decayed_weights",
     "chain",
     "clip_by_global_norm",
+    "described",
     "lion",
     "negate",
     "per_tensor",

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fallline.errors import FalllineError, InvalidHyperparameter
-from fallline.optim.description import Call, code, described, leaves, search_dimensions, substitute
+from fallline.optim.checks import real
+from fallline.optim.description import Call, described, leaves, remembers_its_call, search_dimensions, substitute
 from fallline.optim.dimensions import Dimension
 from fallline.optim.schedules import Schedule
 
@@ -35,7 +37,8 @@ Rule = Callable[[Tensor, Slots, Tensor, Numbers], tuple[Tensor, Slots]]
 Apply = Callable[[dict[str, Tensor], dict[str, Slots], Params, Numbers], tuple[dict[str, Tensor], dict[str, Slots]]]
 
 
-@dataclass(frozen=True)
+@remembers_its_call
+@dataclass(frozen=True, eq=False, repr=False)
 class Transform:
     """One stage of an optimizer.
 
@@ -43,22 +46,33 @@ class Transform:
         name: what it does: `scale_by_adam`.
         hyperparameters: its numbers by name; a number or a `Schedule`.
         slots: per parameter, makes the initial state tensors.
-        apply: (updates, slots, parameters, numbers) -> (updates, slots), each by parameter name; pure.
+        apply: (updates, slots, parameters, numbers) -> (updates, slots that changed), each by parameter name; pure.
         elementwise: whether an element's update depends on that element alone, so that parameters may be laid out in
             one flat vector.
-        structure: what is static about it (flags such as nesterov); trials of one structure are updated together.
+        counts: whether `apply` reads the slot "step", the number of the parameter's update counted from 1.
     """
 
     name: str
     hyperparameters: Mapping[str, Number]
     slots: Callable[[Tensor], Slots]
     apply: Apply
-    elementwise: bool
-    structure: tuple[object, ...] = ()
+    elementwise: bool = False
+    counts: bool = False
     call: Call | None = None
 
-    def __repr__(self) -> str:
-        return code(self, "fl.optim.")
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What is static: the function that made it and its arguments that are no numbers of the rule (nesterov)."""
+        if self.call is None:
+            return (self,)  # nothing is known of its rule, so it is like no other
+        static = {k: v for k, v in leaves(self.call) if k.partition(".")[0] not in self.hyperparameters}
+        return (Call(self.call.function, static), *self.hyperparameters)
+
+    def with_numbers(self, values: Mapping[str, Number]) -> Transform:
+        """The same transform with other hyperparameters."""
+        made: Transform = self if self.call is None else self.call.with_arguments(values)
+        changed = {name: values.get(name, value) for name, value in made.hyperparameters.items()}
+        return made if changed == made.hyperparameters else replace(made, hyperparameters=changed)
 
 
 def per_tensor(
@@ -68,36 +82,39 @@ def per_tensor(
     *,
     slots: Iterable[str] = (),
     counts: bool = False,
-    elementwise: bool = True,
-    structure: tuple[object, ...] = (),
+    elementwise: bool = False,
 ) -> Transform:
-    """A transform from a rule for one tensor: `rule(update, slots, parameter, numbers) -> (update, slots)`.
+    """A transform from a rule for one tensor: `rule(update, slots, parameter, numbers) -> (update, slots that changed)`.
 
     Args:
         slots: names of state tensors shaped like the parameter that start at zero.
         counts: whether the rule needs `slots["step"]`, the number of this update counted from 1.
+        elementwise: whether an element's update depends on that element alone (no norm or mean over the tensor):
+            such rules run many times faster, because they see all parameters of all trials as one tensor.
+
+    >>> import torch
+    >>> sign = per_tensor("sign", lambda g, slots, p, n: (-n["lr"].to(g.dtype) * g.sign(), {}), {"lr": 0.5})
+    >>> p = {"w": torch.zeros(2)}
+    >>> chain(sign).update({"w": torch.tensor([3.0, -4.0])}, chain(sign).init(p), p)[0]["w"]
+    tensor([-0.5000,  0.5000])
     """
     names = tuple(slots)
+    for number, value in hyperparameters.items():
+        if not isinstance(value, Schedule):
+            real(number, value)
 
     def initial(parameter: Tensor) -> Slots:
-        made = {slot: torch.zeros_like(parameter) for slot in names}
-        if counts:
-            made["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
-        return made
+        return {slot: torch.zeros_like(parameter) for slot in names}
 
     def apply(
         updates: dict[str, Tensor], state: dict[str, Slots], parameters: Params, numbers: Numbers
     ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
-        new_updates, new_state = {}, {}
+        new_updates, changed = {}, {}
         for key, update in updates.items():
-            own = state[key]
-            if counts:
-                own = {**own, "step": own["step"] + 1}
-            new_updates[key], changed = rule(update, own, parameters[key], numbers)
-            new_state[key] = {**own, **changed}
-        return new_updates, new_state
+            new_updates[key], changed[key] = rule(update, state[key], parameters[key], numbers)
+        return new_updates, changed
 
-    return Transform(name, hyperparameters, initial, apply, elementwise, (name, *structure))
+    return Transform(name, hyperparameters, initial, apply, elementwise, counts)
 
 
 def cast(like: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
@@ -106,6 +123,27 @@ def cast(like: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A transform in its place: under which names the optimizer keeps its numbers and its slots."""
+
+    transform: Transform
+    numbers: Mapping[str, str]
+    slots: Mapping[str, str]
+
+    def apply(
+        self, updates: dict[str, Tensor], state: dict[str, Slots], params: Params, numbers: Numbers
+    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
+        """What the transform makes of the updates, and the whole state after it."""
+        own = {key: {name: state[key][kept] for name, kept in self.slots.items()} for key in updates}
+        updates, changed = self.transform.apply(
+            updates, own, params, {name: numbers[kept] for name, kept in self.numbers.items()}
+        )
+        new = {key: {self.slots[name]: slot for name, slot in slots.items()} for key, slots in changed.items()}
+        return updates, {key: {**slots, **new.get(key, {})} for key, slots in state.items()}
+
+
+@remembers_its_call
+@dataclass(frozen=True, eq=False, repr=False)
 class Optimizer:
     """An update rule and its hyperparameters: transforms applied one after the other.
 
@@ -147,8 +185,38 @@ class Optimizer:
 
     @property
     def hyperparameters(self) -> dict[str, Number]:
-        """The numbers that the rule reads, by name."""
-        return {name: value for t in self.transforms for name, value in t.hyperparameters.items()}
+        """The numbers that the rule reads, by name; of two with one name the second is `eps_2`."""
+        return {
+            kept: stage.transform.hyperparameters[name] for stage in self.stages for name, kept in stage.numbers.items()
+        }
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The transforms with the names under which their numbers and slots are kept apart."""
+        numbers: dict[str, None] = {}
+        slots: dict[str, None] = {"step": None}
+        made = []
+        for transform in self.transforms:
+            own_numbers = {name: _free(name, numbers) for name in transform.hyperparameters}
+            own_slots = {name: _free(name, slots) for name in transform.slots(torch.zeros(1))}
+            numbers.update(dict.fromkeys(own_numbers.values()))
+            slots.update(dict.fromkeys(own_slots.values()))
+            made.append(Stage(transform, own_numbers, own_slots | ({"step": "step"} if transform.counts else {})))
+        return tuple(made)
+
+    @cached_property
+    def slot_names(self) -> frozenset[str]:
+        """The names of the state tensors that each parameter has."""
+        return frozenset(kept for stage in self.stages for kept in stage.slots.values())
+
+    def with_numbers(self, values: Mapping[str, Number]) -> Optimizer:
+        """The chain of the same transforms with other `hyperparameters`."""
+        return chain(
+            *(
+                stage.transform.with_numbers({name: values[kept] for name, kept in stage.numbers.items()})
+                for stage in self.stages
+            )
+        )
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -179,6 +247,11 @@ class Optimizer:
         ['exp_avg', 'exp_avg_sq', 'step']
         """
         self._refuse_template()
+        for name, parameter in params.items():
+            if not parameter.is_floating_point():
+                raise FalllineError(
+                    f"parameter {name!r} is {parameter.dtype}: an optimizer moves real floating-point ones."
+                )
         device = next(iter(params.values())).device if params else None
         slots = {name: self._slots(parameter) for name, parameter in params.items()}
         return {"step": torch.zeros((), dtype=torch.float64, device=device), "slots": slots}
@@ -212,17 +285,23 @@ class Optimizer:
         tensor([-0.5000, -0.5000])
         """
         self._refuse_template()
-        unknown = grads.keys() - params.keys()
-        if unknown:
-            raise FalllineError(f"there is a gradient for {min(unknown)!r}, but no such parameter in params.")
+        for name, grad in grads.items():
+            if name not in params or name not in state["slots"]:
+                where = "parameter in params" if name not in params else "parameter in the state: make it with init"
+                raise FalllineError(f"there is a gradient for {name!r}, but no such {where}.")
+            if grad.shape != params[name].shape:
+                shapes = f"{tuple(grad.shape)}, the parameter {tuple(params[name].shape)}"
+                raise FalllineError(f"the gradient of {name!r} has shape {shapes}: they must be the same.")
         if numbers is None:
             like = state["step"]
             numbers = {n: torch.tensor(v, dtype=torch.float64, device=like.device) for n, v in self.numbers.items()}
         current = self._at(numbers, state["step"], steps)
         updates = dict(grads)
         slots = {name: state["slots"][name] for name in grads}
-        for transform in self.transforms:
-            updates, slots = transform.apply(updates, slots, params, current)
+        if "step" in self.slot_names:
+            slots = {name: {**own, "step": own["step"] + 1} for name, own in slots.items()}
+        for stage in self.stages:
+            updates, slots = stage.apply(updates, slots, params, current)
         return updates, {"step": state["step"] + 1, "slots": {**state["slots"], **slots}}
 
     def as_torch(self, params: Any, *, steps: int | None = None) -> TorchOptimizer:
@@ -244,28 +323,41 @@ class Optimizer:
         self._refuse_template()
         return TorchOptimizer(params, self, steps=steps)
 
-    def __repr__(self) -> str:
-        return code(self, "fl.optim.")
-
     def _slots(self, parameter: Tensor) -> Slots:
-        return {name: slot for transform in self.transforms for name, slot in transform.slots(parameter).items()}
+        made: Slots = {}
+        if "step" in self.slot_names:
+            made["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
+        for stage in self.stages:
+            made.update({stage.slots[name]: slot for name, slot in stage.transform.slots(parameter).items()})
+        return made
+
+    @cached_property
+    def _schedules(self) -> dict[str, Schedule]:
+        return {name: value for name, value in self.hyperparameters.items() if isinstance(value, Schedule)}
+
+    @cached_property
+    def _is_template(self) -> bool:
+        return self.call is not None and any(True for _ in search_dimensions(self.call))
 
     def _at(self, numbers: Numbers, step: Tensor, steps: float | None) -> Numbers:
         """The numbers that the rule reads at this step: schedules evaluated, the rest as they are."""
         current = dict(numbers)
-        for name, schedule in self.hyperparameters.items():
-            if not isinstance(schedule, Schedule):
-                continue
-            if steps is None:
-                raise InvalidHyperparameter(
-                    f"{name} follows a {schedule.kind} schedule, which needs the number of steps: give steps=…."
-                )
+        for name, schedule in self._schedules.items():
             own = {inner: numbers[f"{name}:{inner}"] for inner in schedule.numbers}
-            current[name] = schedule.curve(step / steps, own)
+            current[name] = schedule.curve(torch.clamp(step / self._checked(steps), max=1.0), own)
         return current
 
+    def _checked(self, steps: float | None) -> float:
+        """The number of steps, which schedules need."""
+        if steps is None or not steps > 0:
+            name, schedule = next(iter(self._schedules.items()))
+            raise InvalidHyperparameter(
+                f"{name} follows a {schedule.kind} schedule, which needs the number of steps, not {steps!r}: give steps=…."
+            )
+        return steps
+
     def _refuse_template(self) -> None:
-        if self.call is not None and any(True for _ in search_dimensions(self.call)):
+        if self._is_template:
             names = ", ".join(self.dimensions)
             raise InvalidHyperparameter(
                 f"{self!r} leaves {names} to be searched: give numbers, or pass the optimizer to fl.sweep."
@@ -287,40 +379,13 @@ def chain(*transforms: Transform | Optimizer) -> Optimizer:
         if not isinstance(part, Transform | Optimizer):
             raise FalllineError(f"chain() takes transforms and optimizers, not {part!r}.")
         stages.extend(part.transforms if isinstance(part, Optimizer) else [part])
-    used: dict[str, None] = {}
-    used_slots: dict[str, None] = {}
-    return Optimizer(tuple(_kept_apart(stage, used, used_slots) for stage in stages))
+    return Optimizer(tuple(stages))
 
 
 def _free(name: str, used: Mapping[str, object]) -> str:
-    return name if name not in used else _free_from(name, used, 2)
-
-
-def _free_from(name: str, used: Mapping[str, object], count: int) -> str:
-    candidate = f"{name}_{count}"
-    return candidate if candidate not in used else _free_from(name, used, count + 1)
-
-
-def _kept_apart(stage: Transform, used: dict[str, None], used_slots: dict[str, None]) -> Transform:
-    """The transform with its hyperparameters and slots renamed where an earlier one has taken their names."""
-    outer = {name: _free(name, used) for name in stage.hyperparameters}
-    slots = {name: _free(name, used_slots) for name in stage.slots(torch.zeros(1))}
-    used.update(dict.fromkeys(outer.values()))
-    used_slots.update(dict.fromkeys(slots.values()))
-    if all(a == b for a, b in (*outer.items(), *slots.items())):
-        return stage
-
-    def initial(parameter: Tensor) -> Slots:
-        return {slots[name]: slot for name, slot in stage.slots(parameter).items()}
-
-    def apply(
-        updates: dict[str, Tensor], state: dict[str, Slots], parameters: Params, numbers: Numbers
-    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
-        own = {key: {name: kept[new] for name, new in slots.items()} for key, kept in state.items()}
-        updates, own = stage.apply(updates, own, parameters, {name: numbers[new] for name, new in outer.items()})
-        back = {key: {**state[key], **{slots[n]: t for n, t in changed.items()}} for key, changed in own.items()}
-        return updates, back
-
-    renamed = {outer[name]: value for name, value in stage.hyperparameters.items()}
-    structure = (*stage.structure, *outer.values(), *slots.values())
-    return replace(stage, hyperparameters=renamed, slots=initial, apply=apply, structure=structure)
+    """The name, or the first of `name_2`, `name_3` … that is not in use."""
+    count, candidate = 1, name
+    while candidate in used:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate

@@ -87,7 +87,7 @@ def parse(text: str, **defaults: Any) -> Optimizer:
 
     Raises:
         UnknownName: for a name that is not in the catalogue.
-        UnknownArgument: for an argument that the optimizer does not take, or one without a value.
+        UnknownArgument: for an argument that the optimizer does not take, one without a value, or one given twice.
 
     >>> parse("sgd:momentum=0.9", lr=0.1)
     fl.optim.sgd(lr=0.1, momentum=0.9)
@@ -99,10 +99,13 @@ def parse(text: str, **defaults: Any) -> Optimizer:
         key, equals, value = part.partition("=")
         if not equals:
             raise UnknownArgument(f"{part!r} in {text!r} has no value: write {name}:argument=value,argument=value.")
+        key, value = key.strip(), value.strip()
+        if key in given:
+            raise UnknownArgument(f"{key!r} is given twice in {text!r}: leave one out.")
         try:
-            given[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            given[key.strip()] = value.strip()
+            given[key] = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError):
+            given[key] = value
     return info.make(**{**defaults, **given})
 
 

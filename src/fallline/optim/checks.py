@@ -12,6 +12,12 @@ from fallline.errors import InvalidHyperparameter
 
 P = ParamSpec("P")
 Check = Callable[Concatenate[str, Any, P], None]
+# How finely a schedule is looked at.
+PROGRESS_POINTS = 1000
+
+
+class WrongType(InvalidHyperparameter, TypeError):
+    """A value of a type that the hyperparameter cannot take; like torch's, also a TypeError."""
 
 
 def _along_schedules(check: Check[P]) -> Check[P]:
@@ -21,8 +27,11 @@ def _along_schedules(check: Check[P]) -> Check[P]:
     def wrapper(name: str, value: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
         if not hasattr(value, "curve"):
             return check(name, value, *args, **kwargs)
-        for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-            check(f"{name} at {progress:.0%} of training", float(value(progress)), *args, **kwargs)
+        progress = [i / PROGRESS_POINTS for i in range(PROGRESS_POINTS + 1)]
+        values = value(progress).tolist()
+        for extreme in (min(values), max(values)):
+            at = progress[values.index(extreme)]
+            check(f"{name} at {at:.3g} of training", extreme, *args, **kwargs)
         return None
 
     return wrapper
@@ -34,10 +43,12 @@ def real(name: str, value: Any) -> None:
 
     >>> real("lr", "fast")
     Traceback (most recent call last):
-    fallline.errors.InvalidHyperparameter: lr = 'fast' is not a number: give a finite one.
+    fallline.optim.checks.WrongType: lr = 'fast' is not a number: give a finite one.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InvalidHyperparameter(f"{name} = {value!r} is not a number: give a finite one.")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise WrongType(f"{name} = {value!r} is not a number: give a finite one.")
+    if not math.isfinite(value):
+        raise InvalidHyperparameter(f"{name} = {value!r} is not finite: give a finite number.")
 
 
 @_along_schedules
@@ -53,7 +64,7 @@ def positive(name: str, value: Any) -> None:
     """A number above 0."""
     real(name, value)
     if value <= 0:
-        raise InvalidHyperparameter(f"{name} = {value!r} is not above 0.")
+        raise InvalidHyperparameter(f"{name} = {value!r} is not above 0: give a positive number.")
 
 
 @_along_schedules
@@ -65,13 +76,15 @@ def in_interval(
     inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not inside:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
-        raise InvalidHyperparameter(f"{name} = {value!r} is outside {left}{low:g}, {high:g}{right}.")
+        raise InvalidHyperparameter(
+            f"{name} = {value!r} is outside {left}{low:g}, {high:g}{right}: give a number inside."
+        )
 
 
 def pair_of_betas(value: Any) -> tuple[Any, Any]:
     """Two decay rates, each in [0, 1)."""
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InvalidHyperparameter(f"betas = {value!r} is not a pair: give (beta1, beta2).")
+        raise WrongType(f"betas = {value!r} is not a pair: give (beta1, beta2).")
     for index, beta in enumerate(value):
         in_interval(f"beta{index + 1}", beta, 0.0, 1.0, open_high=True)
     return value[0], value[1]
@@ -80,4 +93,4 @@ def pair_of_betas(value: Any) -> tuple[Any, Any]:
 def flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise InvalidHyperparameter(f"{name} = {value!r} is neither True nor False.")
+        raise WrongType(f"{name} = {value!r} is neither True nor False: give one of them.")

@@ -2,7 +2,8 @@
 
 Optimizers, transforms and schedules are made by functions marked `@described`. What they return knows the function
 and the arguments it was called with, so that it can be printed as code, written to JSON, and made again with a
-search dimension replaced by a number. Such a function only ever sees concrete arguments: when a dimension is among
+search dimension replaced by a number. They are equal when their calls are, and travel to other processes as their
+call: the function by reference, and the arguments. Such a function only ever sees concrete arguments: when a dimension is among
 them, it is called once for each of the dimension's examples, which validates them all, and the last result is
 returned as a template that knows its `call`.
 """
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar, cast
 
-from fallline.errors import UnknownArgument, nearest
+from fallline.errors import FalllineError, UnknownArgument, nearest
 from fallline.optim.dimensions import Dimension
 
 P = ParamSpec("P")
@@ -39,12 +43,85 @@ class Call:
         extra = [change(value) for value in self.extra]
         return self.function(*extra, **{name: change(value) for name, value in self.arguments.items()})
 
+    def with_arguments(self, values: Mapping[str, Any]) -> Any:
+        """The same call with other values for the arguments named; `beta1` is the first of the pair `betas`."""
+        changed = {}
+        for name, value in self.arguments.items():
+            if isinstance(value, tuple) and name not in values:
+                changed[name] = tuple(values.get(_item(name, i), item) for i, item in enumerate(value))
+            else:
+                changed[name] = values.get(name, value)
+        return self.function(*self.extra, **changed)
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __repr__(self) -> str:
+        # Without an address: the order of families in a population must not change from one process to the next.
+        told = [*map(repr, self.extra), *(f"{name}={value!r}" for name, value in self.arguments.items())]
+        return f"{self.function.__module__}.{self.function.__qualname__}({', '.join(told)})"
+
+
+T = TypeVar("T")
+
+
+def remembers_its_call(cls: type[T]) -> type[T]:
+    """Gives a frozen dataclass with a field `call` what follows from the call: printing, equality, copies, pickling."""
+
+    def call_of(self: Any) -> Call | None:
+        call: Call | None = self.call
+        return call
+
+    def equal(self: Any, other: object) -> bool:
+        if type(other) is not type(self) or call_of(self) is None:
+            return self is other
+        return call_of(self) == call_of(other)
+
+    def reduce(self: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        call = call_of(self)
+        if call is None:
+            raise pickle.PicklingError(str(unmade(self)))
+        return functools.partial(call.function, *call.extra, **call.arguments), ()
+
+    methods: dict[str, Callable[..., Any]] = {
+        "__repr__": lambda self: code(self, "fl.optim."),
+        "__eq__": equal,
+        "__hash__": lambda self: object.__hash__(self) if call_of(self) is None else hash(call_of(self)),
+        "__reduce__": reduce,
+        # A value that never changes is its own copy; the dimensions in it stay the objects that they are.
+        "__copy__": lambda self: self,
+        "__deepcopy__": lambda self, memo: self,
+    }
+    for name, method in methods.items():
+        setattr(cls, name, method)
+    return cls
+
+
+def unmade(value: Any) -> FalllineError:
+    """The error for a value that cannot be made again, because no function is known that made it."""
+    return FalllineError(
+        f"{value!r} cannot be written down, because no function is known that makes it: make it in a function at the "
+        "top of a module, and mark that with @fl.optim.described."
+    )
+
 
 R = TypeVar("R")
 
 
 def described(function: Callable[P, R]) -> Callable[P, R]:
-    """Marks `function` as a maker of values that remember their call (frozen dataclasses with a field `call`)."""
+    """Marks `function` as a maker of optimizers, transforms or schedules, which then remember their call.
+
+    Any of its arguments may then be a search dimension, and what it makes can be printed, saved and sent to other
+    processes. Where it is at the top of a module, these find it again by its name.
+
+    >>> import fallline as fl
+    >>> @described
+    ... def sign_descent(lr: float = 0.01) -> fl.optim.Optimizer:
+    ...     sign = fl.optim.per_tensor("sign", lambda g, slots, p, n: (g.sign(), {}), {})
+    ...     return fl.optim.chain(sign, fl.optim.scale_by_learning_rate(lr))
+    >>> sign_descent(lr=fl.log_grid(0.01, 1.0, 3))
+    sign_descent(lr=fl.grid([0.01, 0.1, 1.0]))
+    """
     signature = inspect.signature(function)
     keywords = [
         name
@@ -63,28 +140,39 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise UnknownArgument(f"{function.__name__}(): {error}.") from None
         bound.apply_defaults()
-        arguments = {name: bound.arguments[name] for name in keywords}
+        arguments = {name: plain(bound.arguments[name]) for name in keywords}
         extra = next((v for name, v in bound.arguments.items() if name not in arguments), ())
         call = Call(wrapper, arguments, tuple(extra))
         dimensions = list(search_dimensions(call))
         if not dimensions:
-            return cast(R, replace(cast(Any, function(*args, **kwargs)), call=call))
-        made: R | None = None
+            made = cast(Callable[..., Any], function)(*call.extra, **arguments)
+            return cast(R, replace(made, call=call))
         first = {id(dimension): dimension.examples[0] for _, dimension in dimensions}
         for _, dimension in dimensions:
             for example in dimension.examples:
                 made = call.again(functools.partial(substitute, chosen={**first, id(dimension): example}))
-        return cast(R, replace(cast(Any, made), call=call))
+        return cast(R, replace(made, call=call))
 
     return wrapper
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's, lists as tuples: what can be compared, printed and written to JSON."""
+    if isinstance(value, tuple | list):
+        return tuple(plain(item) for item in value)
+    if type(value) in (bool, int, float, str):
+        return value
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
+        return value.item()
+    return float(value) if isinstance(value, Real) else value
 
 
 def substitute(value: Any, chosen: Mapping[int, object]) -> Any:
     """`value` with every dimension in it replaced by `chosen[id(dimension)]`, made again where that changed it."""
     if isinstance(value, Dimension):
         return chosen[id(value)]
-    if isinstance(value, tuple | list):
-        return type(value)(substitute(item, chosen) for item in value)
+    if isinstance(value, tuple):
+        return tuple(substitute(item, chosen) for item in value)
     call = getattr(value, "call", None)
     if isinstance(call, Call) and any(True for _ in search_dimensions(call)):
         return call.again(functools.partial(substitute, chosen=chosen))
@@ -106,11 +194,16 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             # A schedule's first argument is the hyperparameter itself: lr=cosine(0.1) has lr 0.1.
             inner = name if not path else path if index == 0 else f"{path}.{name}"
             yield from leaves(item, inner)
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from leaves(item, f"{path.removesuffix('s')}{index + 1}")
+            yield from leaves(item, _item(path, index))
     else:
         yield path, value
+
+
+def _item(name: str, index: int) -> str:
+    """The name of one of several: `beta1` of `betas`."""
+    return f"{name.removesuffix('s')}{index + 1}"
 
 
 def code(value: Any, prefix: str = "") -> str:
@@ -121,15 +214,21 @@ def code(value: Any, prefix: str = "") -> str:
     'adam(lr=0.01)'
     """
     call = getattr(value, "call", None)
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         inside = ", ".join(code(item, prefix) for item in value)
         return f"({inside},)" if len(value) == 1 else f"({inside})"
     if not isinstance(call, Call):
+        if hasattr(value, "call"):  # made without a described function
+            return f"<{type(value).__name__.lower()} {getattr(value, 'name', None) or getattr(value, 'kind', '')}>"
         return repr(value)
     defaults = {name: p.default for name, p in inspect.signature(call.function).parameters.items()}
     written = [code(item, prefix) for item in call.extra]
     for name, item in call.arguments.items():
-        if name == "lr" or isinstance(item, Dimension) or hasattr(item, "call") or item != defaults.get(name):
+        if name == "lr" or isinstance(item, Dimension) or item != defaults.get(name):
             written.append(f"{name}={code(item, prefix)}")
-    room = "fl.schedules." if prefix and call.function.__module__.endswith(".schedules") else prefix
-    return f"{room}{call.name}({', '.join(written)})"
+    module = call.function.__module__
+    if not module.startswith("fallline.optim."):
+        prefix = ""
+    elif prefix and module.endswith(".schedules"):
+        prefix = "fl.schedules."
+    return f"{prefix}{call.name}({', '.join(written)})"

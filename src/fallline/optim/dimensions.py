@@ -7,9 +7,10 @@ value; `sweeps.search` turns optimizers that hold dimensions into concrete confi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from fallline.errors import InvalidHyperparameter
 
@@ -41,8 +42,10 @@ class Dimension:
     def at(self, fraction: float) -> float:
         """The value of a range at `fraction` in [0, 1] of its length (in its logarithm where it is one)."""
         if self.log:
-            return math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
-        return self.low + fraction * (self.high - self.low)
+            value = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
+        else:
+            value = self.low + fraction * (self.high - self.low)
+        return min(max(value, self.low), self.high)  # rounding may not lead out of the range
 
     def __bool__(self) -> bool:
         raise InvalidHyperparameter(
@@ -59,20 +62,29 @@ def grid(values: Sequence[object]) -> Dimension:
     """Every value of the list is tried.
 
     Raises:
-        InvalidHyperparameter: for an empty list or a number that is not finite.
+        InvalidHyperparameter: for an empty list, a value that is there twice or a number that is not finite.
 
     >>> grid([0.0, 0.9]).values
     (0.0, 0.9)
     """
-    chosen = tuple(v.item() if hasattr(v, "item") else v for v in values)
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidHyperparameter(f"grid({values!r}) is not a list: give the values to be tried in one.")
+    chosen = tuple(_hashable(v) for v in values)
     if not chosen:
         raise InvalidHyperparameter("grid([]) has no values: give at least one.")
     for value in chosen:
         if isinstance(value, Real) and not math.isfinite(value):
             raise InvalidHyperparameter(f"grid: {value!r} is not a finite number.")
-    if len(set(chosen)) < len(chosen):
+    if len({(type(value) is bool, value) for value in chosen}) < len(chosen):
         raise InvalidHyperparameter(f"grid({list(chosen)!r}) holds the same value twice: leave one out.")
     return Dimension(chosen)
+
+
+def _hashable(value: Any) -> object:
+    """Lists as tuples, numbers of numpy and torch as Python's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(_hashable(item) for item in value) if isinstance(value, tuple | list) else value
 
 
 def log_grid(low: float, high: float, n: int) -> Dimension:
@@ -96,7 +108,7 @@ def log_grid(low: float, high: float, n: int) -> Dimension:
     start, stop = math.log10(low), math.log10(high)
     # Rounded to 12 digits so that a power of ten is written as one (0.01, not 0.010000000000000002).
     inner = (float(f"{10 ** (start + (stop - start) * i / (n - 1)):.12g}") for i in range(1, n - 1))
-    return Dimension((float(low), *inner, float(high)))
+    return grid([float(low), *inner, float(high)])
 
 
 def uniform(low: float, high: float) -> Dimension:

@@ -9,20 +9,21 @@ optimizer's `update` or `as_torch`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fallline.optim.checks import in_interval, positive, real
-from fallline.optim.description import Call, described
+from fallline.optim.checks import WrongType, in_interval, positive, real
+from fallline.optim.description import Call, described, remembers_its_call
 from fallline.optim.dimensions import Dimension
 
 Swept = float | Dimension
 
 
-@dataclass(frozen=True)
+@remembers_its_call
+@dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """A hyperparameter as a function of progress: `curve(progress, numbers)`, with `numbers` its data.
 
@@ -34,8 +35,13 @@ class Schedule:
     curve: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     call: Call | None = None
 
-    def __call__(self, progress: float | Tensor) -> Tensor:
-        """The value at `progress` in [0, 1].
+    def __post_init__(self) -> None:
+        for name, number in self.numbers.items():
+            if isinstance(number, Schedule):
+                raise WrongType(f"{name} = {number!r} is a schedule: the numbers of a schedule do not move, give one.")
+
+    def __call__(self, progress: float | Sequence[float] | Tensor) -> Tensor:
+        """The value at `progress` in [0, 1], or at each of several.
 
         >>> float(cosine(1.0)(0.5))
         0.5

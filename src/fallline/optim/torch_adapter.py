@@ -1,22 +1,25 @@
 """An optimizer of fallline as a `torch.optim.Optimizer`: the same rule, on the parameters of a model.
 
-Groups hold the optimizer's arguments under torch's names (`lr`, `betas`, …), so torch's schedulers work on them; they
-are read anew at every step. State is kept per parameter, also under torch's names. `p.grad` is never written.
+Groups hold the optimizer's arguments under torch's names (`lr`, `betas`, …), those of a chain under the names of its
+`hyperparameters`; they are read anew at every step, so torch's schedulers work on them. Where a hyperparameter follows a
+schedule of its own, the group shows its present value. State is kept per parameter, under torch's names, so that a
+`state_dict` of `torch.optim.Adam` can be loaded. `p.grad` is never written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fallline.errors import UnknownArgument, nearest
-from fallline.optim.base import Optimizer, State
-from fallline.optim.description import substitute
+from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgument, nearest
+from fallline.optim.base import Optimizer, Slots
+from fallline.optim.description import plain
+from fallline.optim.schedules import Schedule
 
-# Keys that torch itself puts into groups.
+# Keys that torch itself puts into groups, and one of ours.
 _TORCH_KEYS = {"params", "param_names", "initial_lr", "updates_done"}
 
 
@@ -26,17 +29,24 @@ class TorchOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, rule: Optimizer, *, steps: int | None = None) -> None:
         self.rule = rule
         self.steps = steps
-        super().__init__(params, _group_arguments(rule))
+        self.arguments = _arguments(rule)
+        self.schedules: list[dict[str, Any]] = []  # per group, the arguments that follow a schedule
+        self._latest: tuple[dict[str, Any], Optimizer] = (self.arguments, rule)
+        super().__init__(params, dict(self.arguments))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a key that is not an argument of the optimizer is an error that names the nearest one."""
-        for key in param_group.keys() - _TORCH_KEYS - self.defaults.keys():
-            hint = nearest(key, self.defaults)
+        for key in param_group.keys() - _TORCH_KEYS - self.arguments.keys():
+            hint = nearest(key, self.arguments) if self.arguments else "It has none."
             raise UnknownArgument(f"a parameter group of {self.rule.name} has no {key!r}. {hint}")
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("updates_done", 0)
-        self._rule_of(group)  # an argument outside its domain is refused here, not at the first step
+        # A group that joins late is as far in training as the others.
+        done = max((group["updates_done"] for group in self.param_groups), default=0)
+        given = {name: plain(param_group.get(name, value)) for name, value in self.arguments.items()}
+        self._rule_with(given)  # an argument outside its domain is refused here, not at the first step
+        schedules = {name: value for name, value in given.items() if _follows_schedule(value)}
+        present = {name: self._present(name, value, done) for name, value in schedules.items()}
+        super().add_param_group({"updates_done": done, **param_group, **present})
+        self.schedules.append(schedules)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -45,56 +55,101 @@ class TorchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group, schedules in zip(self.param_groups, self.schedules, strict=True):
+            self._refuse_second_schedule(group, schedules)
             params = {str(i): p for i, p in enumerate(group["params"]) if p.grad is not None}
-            if not params:
-                continue
-            rule = self._rule_of(group)
-            grads = {name: self._gradient(p) for name, p in params.items()}
-            updates, state = rule.update(grads, self._state_of(rule, group, params), params, steps=self.steps)
-            for name, p in params.items():
-                p.add_(updates[name])
-                self.state[p] = state["slots"][name]
+            if params:
+                self._update(self._rule_with({name: plain(group[name]) for name in self.arguments}), params)
             group["updates_done"] += 1
+            for name, schedule in schedules.items():
+                group[name] = self._present(name, schedule, group["updates_done"])
         return loss
 
-    def _rule_of(self, group: dict[str, Any]) -> Optimizer:
-        """The optimizer with this group's numbers."""
-        call = self.rule.call
-        if call is None or call.extra:
-            return self.rule
-        arguments = {name: group[name] for name in call.arguments}
-        if all(arguments[name] is value or arguments[name] == value for name, value in call.arguments.items()):
-            return self.rule
-        made: Optimizer = call.function(**{name: _plain(value) for name, value in arguments.items()})
-        return made
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a `state_dict` of the same optimizer, or of its namesake in torch.optim."""
+        for group in state_dict["param_groups"]:
+            missing = self.arguments.keys() - group.keys()
+            if missing:
+                raise FalllineError(
+                    f"this state is of another optimizer: {self.rule.name} has {min(missing)!r}, its groups do not."
+                )
+        super().load_state_dict(state_dict)
 
-    def _state_of(self, rule: Optimizer, group: dict[str, Any], params: dict[str, Tensor]) -> State:
-        step = torch.tensor(float(group["updates_done"]), dtype=torch.float64)
-        slots = {name: self.state[p] or rule.init({name: p})["slots"][name] for name, p in params.items()}
-        return {"step": step, "slots": slots}
+    def _update(self, rule: Optimizer, params: dict[str, Tensor]) -> None:
+        grads = {name: _gradient(p) for name, p in params.items()}
+        slots = {name: self._slots(rule, p) for name, p in params.items()}
+        step = torch.zeros((), dtype=torch.float64, device=next(iter(params.values())).device)
+        updates, state = rule.update(grads, {"step": step, "slots": slots}, params)
+        for name, p in params.items():
+            p.add_(updates[name])
+            if state["slots"][name]:
+                self.state[p] = state["slots"][name]
 
-    @staticmethod
-    def _gradient(p: Tensor) -> Tensor:
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False.")
-        return p.grad
+    def _slots(self, rule: Optimizer, p: Tensor) -> Slots:
+        """The state of a parameter; what a group's change of arguments needs in addition starts as at the first step."""
+        kept: Slots = self.state.get(p, {})
+        return kept if rule.slot_names <= kept.keys() else {**rule.init({"": p})["slots"][""], **kept}
+
+    def _rule_with(self, arguments: dict[str, Any]) -> Optimizer:
+        """The optimizer with these arguments; the latest one is kept, because they seldom change."""
+        if arguments != self._latest[0]:
+            call = self.rule.call
+            made = self.rule.with_numbers(arguments) if _is_chain(self.rule) else call and call.function(**arguments)
+            assert isinstance(made, Optimizer)
+            self._latest = (arguments, made)
+        return self._latest[1]
+
+    def _present(self, name: str, value: Any, done: int) -> Any:
+        """A schedule's value after so many updates."""
+        if isinstance(value, tuple):
+            return tuple(self._present(name, item, done) for item in value)
+        if not isinstance(value, Schedule):
+            return value
+        if self.steps is None or not self.steps > 0:
+            raise InvalidHyperparameter(
+                f"{name} follows a {value.kind} schedule, which needs the number of steps, not {self.steps!r}: "
+                "give as_torch(…, steps=…)."
+            )
+        return value(min(done / self.steps, 1.0)).item()
+
+    def _refuse_second_schedule(self, group: dict[str, Any], schedules: Mapping[str, Any]) -> None:
+        for name, schedule in schedules.items():
+            expected = self._present(name, schedule, group["updates_done"])
+            if plain(group[name]) != expected:
+                raise InvalidHyperparameter(
+                    f"{name} follows {schedule!r} over {self.steps} steps and is {expected!r} after "
+                    f"{group['updates_done']}, but was set to {group[name]!r}: use one schedule, here or outside."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule, "steps": self.steps}
+        own = ("rule", "steps", "arguments", "schedules", "_latest")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("updates_done", 0)
 
     def __repr__(self) -> str:
         return f"TorchOptimizer({self.rule!r}, {len(self.param_groups)} parameter group(s))"
 
 
-def _group_arguments(rule: Optimizer) -> dict[str, Any]:
-    """The optimizer's arguments as torch writes them; a chain of transforms has none that a group could change."""
-    if rule.call is None or rule.call.extra:
-        return {}
-    return {name: substitute(value, {}) for name, value in rule.call.arguments.items()}
+def _is_chain(rule: Optimizer) -> bool:
+    """Whether a group changes numbers of transforms, not the arguments of one function."""
+    return rule.call is None or bool(rule.call.extra) or not rule.call.arguments
 
 
-def _plain(value: Any) -> Any:
-    """torch lets lr be a tensor; rules take numbers."""
-    return value.item() if isinstance(value, Tensor) else value
+def _arguments(rule: Optimizer) -> dict[str, Any]:
+    """What a group may hold: the optimizer's arguments, or the hyperparameters of a chain."""
+    return dict(rule.hyperparameters if _is_chain(rule) or rule.call is None else rule.call.arguments)
+
+
+def _follows_schedule(value: Any) -> bool:
+    return isinstance(value, Schedule) or isinstance(value, tuple) and any(_follows_schedule(item) for item in value)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    if p.grad.is_sparse:
+        raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False.")
+    return p.grad

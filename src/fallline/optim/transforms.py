@@ -27,13 +27,13 @@ def scale_by_learning_rate(lr: Number) -> Transform:
         (size,) = cast(g, -n["lr"])
         return g * size, {}
 
-    return per_tensor("scale_by_learning_rate", rule, {"lr": lr})
+    return per_tensor("scale_by_learning_rate", rule, {"lr": lr}, elementwise=True)
 
 
 @described
 def negate() -> Transform:
     """Uphill instead of downhill: u = −g."""
-    return per_tensor("negate", lambda g, slots, p, n: (-g, {}), {})
+    return per_tensor("negate", lambda g, slots, p, n: (-g, {}), {}, elementwise=True)
 
 
 @described
@@ -51,7 +51,7 @@ def add_decayed_weights(weight_decay: Number) -> Transform:
         (decay,) = cast(g, n["weight_decay"])
         return g + p * decay, {}
 
-    return per_tensor("add_decayed_weights", rule, {"weight_decay": weight_decay})
+    return per_tensor("add_decayed_weights", rule, {"weight_decay": weight_decay}, elementwise=True)
 
 
 @described
@@ -77,9 +77,7 @@ def trace(momentum: Number, dampening: Number = 0.0, *, nesterov: bool = False) 
         return (g + buffer * momentum if nesterov else buffer), {"momentum_buffer": buffer}
 
     numbers = {"momentum": momentum, **({"dampening": dampening} if dampened else {})}
-    return per_tensor(
-        "trace", rule, numbers, slots=["momentum_buffer"], counts=dampened, structure=(dampened, nesterov)
-    )
+    return per_tensor("trace", rule, numbers, slots=["momentum_buffer"], counts=dampened, elementwise=True)
 
 
 @described
@@ -103,11 +101,10 @@ def scale_by_adam(
         correction1 = 1 - n["beta1"] ** step
         root_correction2 = (1 - n["beta2"] ** step).sqrt()
         # u = (m / correction1) / (√v / root_correction2 + eps), with the corrections moved into two numbers per step.
-        enter1, enter2, stretch, floor = cast(
-            g, 1 - n["beta1"], 1 - n["beta2"], correction1 / root_correction2, n["eps"] * correction1
-        )
+        enter1, keep2, enter2 = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"])
+        stretch, floor = cast(g, correction1 / root_correction2, n["eps"] * correction1)
         exp_avg = torch.lerp(slots["exp_avg"], g, enter1)
-        exp_avg_sq = torch.lerp(slots["exp_avg_sq"], g * g, enter2)
+        exp_avg_sq = mean_of_squares(slots["exp_avg_sq"], g, keep2, enter2)
         changed = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if amsgrad:
             exp_avg_sq = changed["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], exp_avg_sq)
@@ -115,7 +112,7 @@ def scale_by_adam(
 
     slots = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
     numbers = {"beta1": beta1, "beta2": beta2, "eps": eps}
-    return per_tensor("scale_by_adam", rule, numbers, slots=slots, counts=True, structure=(amsgrad,))
+    return per_tensor("scale_by_adam", rule, numbers, slots=slots, counts=True, elementwise=True)
 
 
 @described
@@ -130,8 +127,8 @@ def scale_by_rms(alpha: Number = 0.99, eps: Number = 1e-8, *, centered: bool = F
     flag("centered", centered)
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
-        enter, floor = cast(g, 1 - n["alpha"], n["eps"])
-        square_avg = torch.lerp(slots["square_avg"], g * g, enter)
+        keep, enter, floor = cast(g, n["alpha"], 1 - n["alpha"], n["eps"])
+        square_avg = mean_of_squares(slots["square_avg"], g, keep, enter)
         changed = {"square_avg": square_avg}
         spread = square_avg
         if centered:
@@ -140,7 +137,7 @@ def scale_by_rms(alpha: Number = 0.99, eps: Number = 1e-8, *, centered: bool = F
         return g / (square_root(spread) + floor), changed
 
     slots = ["square_avg", *(["grad_avg"] if centered else [])]
-    return per_tensor("scale_by_rms", rule, {"alpha": alpha, "eps": eps}, slots=slots, structure=(centered,))
+    return per_tensor("scale_by_rms", rule, {"alpha": alpha, "eps": eps}, slots=slots, elementwise=True)
 
 
 @described
@@ -156,7 +153,7 @@ def scale_by_lion(betas: tuple[Number, Number] = (0.9, 0.99)) -> Transform:
         exp_avg = slots["exp_avg"]
         return torch.lerp(exp_avg, g, enter1).sign(), {"exp_avg": torch.lerp(exp_avg, g, enter2)}
 
-    return per_tensor("scale_by_lion", rule, {"beta1": beta1, "beta2": beta2}, slots=["exp_avg"])
+    return per_tensor("scale_by_lion", rule, {"beta1": beta1, "beta2": beta2}, slots=["exp_avg"], elementwise=True)
 
 
 @described
@@ -172,13 +169,18 @@ def clip_by_global_norm(max_norm: Number) -> Transform:
     def apply(
         updates: dict[str, Tensor], slots: dict[str, Slots], params: Params, n: Numbers
     ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
+        if not updates:
+            return updates, slots
         norm = torch.stack([u.to(torch.float64).square().sum() for u in updates.values()]).sum().sqrt()
         shrink = torch.clamp(n["max_norm"] / (norm + 1e-6), max=1.0)
         return {name: u * shrink.to(u.dtype) for name, u in updates.items()}, slots
 
-    return Transform(
-        "clip_by_global_norm", {"max_norm": max_norm}, lambda p: {}, apply, False, ("clip_by_global_norm",)
-    )
+    return Transform("clip_by_global_norm", {"max_norm": max_norm}, lambda p: {}, apply)
+
+
+def mean_of_squares(mean: Tensor, g: Tensor, keep: Tensor, enter: Tensor) -> Tensor:
+    """keep · mean + enter · g², in torch.optim's order: with `lerp` a mean that overflowed would become NaN, not stay ∞."""
+    return torch.addcmul(mean * keep, g * enter, g)
 
 
 def square_root(x: Tensor) -> Tensor:

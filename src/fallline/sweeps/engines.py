@@ -75,8 +75,7 @@ class Alone:
         return np.array([metric]), np.array([loss])
 
     def compact(self) -> None:
-        if not self.trial.alive:
-            self.rows = self.rows[:0]
+        """One trial is never rid of itself."""
 
     def parameters(self, row: int) -> dict[str, Tensor]:
         return self.trial.parameters()
@@ -88,11 +87,17 @@ class Alone:
         self.trial.restore(tensors, step)
 
 
-def start(engine: str, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device) -> Trained:
-    """The trials of a pack at step 0, in the engine of that name."""
+def start(
+    engine: str, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device, traced: bool = False
+) -> Trained:
+    """The trials of a pack at step 0, in the engine of that name.
+
+    Args:
+        traced: whether the vectorised engine traces its step, which takes a second or two and then saves a third.
+    """
     if engine == "sequential":
         return Alone(task, plans, steps=steps, device=device)
-    return Population(task, plans, steps=steps, device=device)
+    return Population(task, plans, steps=steps, device=device, traced=traced)
 
 
 def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:

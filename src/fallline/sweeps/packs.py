@@ -74,6 +74,7 @@ class Job:
         evaluate_every: steps between evaluations, which end a block.
         folder: the run directory.
         keep_parameters: "best" (of each configuration) or "all".
+        traced: whether the vectorised engine traces its step.
     """
 
     tasks: dict[str, Task]
@@ -84,6 +85,7 @@ class Job:
     evaluate_every: int
     folder: Path
     keep_parameters: str
+    traced: bool = False
 
 
 def make_packs(
@@ -113,34 +115,31 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
     """
     plans = [job.plans[i] for i in pack.trials]
     task = job.tasks[repr(plans[0].configuration.loss)]
-    population = engines.start(job.engine, task, plans, steps=job.steps, device=job.device)
+    population = engines.start(job.engine, task, plans, steps=job.steps, device=job.device, traced=job.traced)
     place = job.folder / "packs" / f"{pack.index:05d}"
     found = checkpoint.read(place)
-    final: dict[int, float] = {}
     if found is not None:
         tensors, state = found
         population.restore(tensors, state["step"])
     written = time.monotonic()
-    while population.step < job.steps and len(population.rows):
+    while population.step < job.steps and population.alive.any():
         begin = population.step
         end = min(job.steps, (begin // job.evaluate_every + 1) * job.evaluate_every)
-        rows = population.rows
-        losses = population.train_steps(end - begin)
+        under_way = population.alive
+        rows = population.rows[under_way]
+        losses = population.train_steps(end - begin)[under_way]
+        alive = population.alive
         if job.keep_parameters == "all":
-            for dead in np.flatnonzero(~population.alive).tolist():
-                _save_parameters(job, population, dead)
-        population.compact()
-        inside = np.isin(rows, population.rows)
-        metric = np.full(len(rows), np.nan)
-        validation_loss = np.full(len(rows), np.nan)
-        if len(population.rows):
-            metric[inside], validation_loss[inside] = population.evaluate()
-        final = dict(zip(population.rows.tolist(), metric[inside].tolist(), strict=True))
-        ended = end == job.steps or not len(population.rows)
-        if ended:  # before the last block is sent: whoever has that can rely on the parameters
-            for row in _rows_to_keep(job, population.rows.tolist(), final):
+            for row in np.flatnonzero(under_way & ~alive).tolist():
                 _save_parameters(job, population, row)
-        yield Block(pack.index, rows, begin, losses, end, metric, validation_loss)
+        metric, validation_loss = population.evaluate() if alive.any() else (np.zeros(len(alive)),) * 2
+        metric, validation_loss = (np.where(alive, each, np.nan) for each in (metric, validation_loss))
+        ended = end == job.steps or not alive.any()
+        if ended:  # before the last block is sent: whoever has that can rely on the parameters
+            for row in _rows_to_keep(job, population, metric):
+                _save_parameters(job, population, row)
+        yield Block(pack.index, rows, begin, losses, end, metric[under_way], validation_loss[under_way])
+        population.compact()
         if not ended:
             asked = stop()
             if asked or time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:
@@ -157,17 +156,17 @@ def parameters_file(folder: Path, trial: int) -> Path:
     return folder / "parameters" / f"{trial:06d}.safetensors"
 
 
-def _rows_to_keep(job: Job, trials: list[int], final: dict[int, float]) -> list[int]:
-    """The rows whose parameters are kept: all, or the best of each configuration in this pack."""
+def _rows_to_keep(job: Job, population: engines.Trained, metric: Array) -> list[int]:
+    """The rows whose parameters are kept: of the trials that did not diverge all, or the best of each configuration."""
+    finished = np.flatnonzero(population.alive).tolist()
     if job.keep_parameters == "all":
-        return list(range(len(trials)))
+        return finished
+    sign = 1 if next(iter(job.tasks.values())).metric.higher_is_better else -1
     best: dict[int, int] = {}
-    higher = next(iter(job.tasks.values())).metric.higher_is_better
-    for row, trial in enumerate(trials):
-        configuration = job.plans[trial].configuration.index
-        score = final.get(trial, np.nan)
-        held = best.get(configuration)
-        if held is None or (score > final[trials[held]] if higher else score < final[trials[held]]):
+    for row in finished:
+        configuration = job.plans[int(population.rows[row])].configuration.index
+        held = best.setdefault(configuration, row)
+        if sign * metric[row] > sign * metric[held]:
             best[configuration] = row
     return list(best.values())
 

@@ -74,7 +74,9 @@ class Result:
     def trials(self) -> pl.DataFrame:
         """One row per trial: what it was and how it ended."""
         table = self._directory.table(TRIALS)
-        return table if "status" in table.columns else with_results(table, self.history, self._higher_is_better)
+        if "status" in table.columns:
+            return table
+        return with_results(table, self._directory.recorded(), self.history, self._higher_is_better)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -138,8 +140,8 @@ class Result:
             kept = sorted(int(p.stem) for p in path.parent.glob("*.safetensors"))
             shown = ", ".join(map(str, kept[:10])) + (" …" if len(kept) > 10 else "")
             raise RunDirectoryError(
-                f"the parameters of trial {trial} were not kept; those of trials {shown or '(none)'} were, the best of each "
-                "configuration. Sweep with keep_parameters='all' to keep every trial's."
+                f"the parameters of trial {trial} were not kept; those of trials {shown or '(none)'} were, the best of "
+                "each configuration. Sweep with keep_parameters='all' to keep every trial's."
             )
         return safetensors.torch.load_file(path)
 

@@ -66,8 +66,8 @@ def configurations(
 ) -> list[Configuration]:
     """Every loss with every concrete optimizer.
 
-    Grids are crossed with each other. Ranges are sampled: `samples` points, spread evenly by a scrambled Sobol sequence,
-    each crossed with the grids. All optimizers draw from the same sequence, so they are searched alike.
+    Grids are crossed with each other. Ranges are sampled: `samples` points, spread evenly by a scrambled Sobol
+    sequence, each crossed with the grids. All optimizers draw from the same sequence, so they are searched alike.
 
     Raises:
         InvalidHyperparameter: for a learning rate of 0, or an argument that its optimizer refuses.

@@ -13,6 +13,7 @@ under its name only when it can be read.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -31,9 +32,12 @@ from fallline.sweeps.search import Configuration, TrialPlan
 from fallline.training.checkpoint import write_file
 from fallline.training.history import History
 
-SPEC, CONFIGURATIONS, TRIALS, HISTORY = "spec.json", "configurations.parquet", "trials.parquet", "history"
-# With more files of blocks than this they are merged into one.
+SPEC, CONFIGURATIONS, TRIALS = "spec.json", "configurations.parquet", "trials.parquet"
+HISTORY, PARAMETERS, PACKS = "history", "parameters", "packs"
+# With more files of blocks than this they are merged into one, but for those that are large already: merging costs
+# in proportion to what is merged, and a long sweep is not to be written again and again.
 MOST_FILES = 128
+LARGE_FILE = 2**25
 
 
 class RunDirectory:
@@ -42,7 +46,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.spec: dict[str, Any] = read_spec(path)
-        self._next = 1 + max((int(p.stem) for p in (path / HISTORY).glob("*.parquet")), default=-1)
+        self._next = 1 + max((int(file.stem) for file in self._files()), default=-1)
 
     @classmethod
     def create(
@@ -53,43 +57,44 @@ class RunDirectory:
         Raises:
             RunDirectoryError: when there is something at that path already, or it cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            what = "holds another run" if (path / SPEC).exists() else "is there already and is no run of fallline"
-            mend = "Give another directory, or resume it" if (path / SPEC).exists() else "Give another directory"
-            raise RunDirectoryError(f"{path} {what}. {mend}.")
         made: Path | None = None
+        parents = [parent for parent in path.parents if not parent.exists()]
         try:
+            _require_free(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             made.chmod(0o755)
-            (made / HISTORY).mkdir()
+            for folder in (HISTORY, PARAMETERS, PACKS):
+                (made / folder).mkdir()
             _write_table(made / CONFIGURATIONS, _configuration_table(chosen))
             _write_table(made / TRIALS, plan_table(plans))
             write_file(made / SPEC, json.dumps(spec, indent=1))
-            if path.exists():
-                path.rmdir()
-            made.rename(path)
-        except OSError as error:
+            made.replace(path)  # an empty directory of that name gives way
+            return cls(path)
+        except BaseException as error:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
+            for parent in parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            if isinstance(error, RunDirectoryError) or not isinstance(error, OSError):
+                raise
             reason = error.strerror or str(error)
             raise RunDirectoryError(f"the run directory {path} could not be made: {reason}.") from error
-        return cls(path)
 
     def append(self, blocks: Iterable[Block]) -> None:
         """Writes what blocks recorded, as one new file."""
         tables = [_block_table(block) for block in blocks]
         if tables:
             self._write_history(pl.concat(tables))
-        files = sorted((self.path / HISTORY).glob("*.parquet"))
+        files = self._files()
         if len(files) > MOST_FILES:
-            self._write_history(_recorded(files))
-            for file in files:
-                file.unlink()
+            large = [number for number, file in enumerate(files) if file.stat().st_size > LARGE_FILE]
+            self._merge(files[large[-1] + 1 if large else 0 :])
 
     def recorded(self) -> pl.DataFrame:
         """One row per trial and block, as in `Block`; where a block was trained twice, the later one."""
-        return _recorded(sorted((self.path / HISTORY).glob("*.parquet")))
+        return _recorded(self._files())
 
     def table(self, name: str) -> pl.DataFrame:
         """`CONFIGURATIONS` or `TRIALS` as they were written."""
@@ -97,16 +102,27 @@ class RunDirectory:
 
     def finish(self, trials: pl.DataFrame, **facts: Any) -> None:
         """Writes the results of the trials, merges the history, and notes how the run ended."""
-        files = sorted((self.path / HISTORY).glob("*.parquet"))
-        if len(files) > 1:
-            self._write_history(_recorded(files))
-            for file in files:
-                file.unlink()
+        self._merge(self._files())
         _write_table(self.path / TRIALS, trials)
         self.spec = {**self.spec, **facts}
         write_file(self.path / SPEC, json.dumps(self.spec, indent=1))
         if facts.get("complete"):
-            shutil.rmtree(self.path / "packs", ignore_errors=True)
+            shutil.rmtree(self.path / PACKS, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Deletes the whole directory."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        """The files of blocks, oldest first."""
+        return sorted((self.path / HISTORY).glob("*.parquet"), key=lambda file: int(file.stem))
+
+    def _merge(self, files: Sequence[Path]) -> None:
+        """Makes one file of the newest ones. Killed on the way, both are there, which reads the same."""
+        if len(files) > 1:
+            self._write_history(_recorded(files))
+            for file in files:
+                file.unlink()
 
     def _write_history(self, table: pl.DataFrame) -> None:
         _write_table(self.path / HISTORY / f"{self._next:05d}.parquet", table)
@@ -121,12 +137,22 @@ def read_spec(path: Path) -> dict[str, Any]:
     """
     try:
         spec: dict[str, Any] = json.loads((path / SPEC).read_text())
-    except FileNotFoundError:
-        what = "is not a run directory: it has no spec.json" if path.exists() else "does not exist"
-        raise RunDirectoryError(f"{path} {what}. Give the directory of a sweep (its --out).") from None
+    except (FileNotFoundError, NotADirectoryError):
+        what = "does not exist" if not path.exists() else "holds no sweep" if path.is_dir() else "is no directory"
+        raise RunDirectoryError(f"{path} {what}: give the directory of a sweep (its --out).") from None
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path / SPEC} cannot be read: {error}.") from error
     return spec
+
+
+def _require_free(path: Path) -> None:
+    if path.is_dir():
+        if (path / SPEC).exists():
+            raise RunDirectoryError(f"{path} holds another run: resume it, or give another directory.")
+        if any(path.iterdir()):
+            raise RunDirectoryError(f"{path} holds other files and no run: give another directory.")
+    elif path.exists():
+        raise RunDirectoryError(f"{path} is a file: give a directory.")
 
 
 def history_of(recorded: pl.DataFrame, trials: int, steps: int, evaluate_every: int, dtype: Any) -> History:
@@ -138,7 +164,7 @@ def history_of(recorded: pl.DataFrame, trials: int, steps: int, evaluate_every: 
     for (start, end), block in recorded.group_by("start", "evaluated_at"):
         rows = block["trial"].to_numpy()
         begin, finish = int(str(start)), int(str(end))
-        train_loss[rows, begin:finish] = np.stack(block["train_loss"].to_list())
+        train_loss[rows, begin:finish] = block["train_loss"].explode().to_numpy().reshape(len(rows), finish - begin)
         column = int(np.searchsorted(evaluation_step, finish))
         metric[rows, column] = block["metric"].to_numpy()
         validation_loss[rows, column] = block["validation_loss"].to_numpy()

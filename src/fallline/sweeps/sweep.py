@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import platform
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from fallline.errors import InvalidHyperparameter, InvalidSweep, RunDirectoryError
+from fallline.errors import FalllineError, InvalidHyperparameter, InvalidSweep, RunDirectoryError
 from fallline.losses import Loss, as_loss
 from fallline.optim import Optimizer, rmsprop, sgd
 from fallline.optim.catalogue import learning_rate_grid
@@ -26,12 +27,13 @@ from fallline.sweeps.packs import Block, Job, Pack
 from fallline.sweeps.result import Result, best_trial, with_results
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.store import TRIALS, RunDirectory, evaluation_steps, history_of
+from fallline.sweeps.traced import worth_tracing
 from fallline.tasks import Task
 from fallline.tasks import registry as built_in_tasks
 from fallline.training import checkpoint
 from fallline.training.batches import steps_per_epoch
 from fallline.training.device import resolve_device
-from fallline.training.fit import check_budget, check_seed
+from fallline.training.fit import check_budget, check_seed, fingerprint
 from fallline.training.interrupt import Interrupt
 from fallline.training.progress import Progress
 
@@ -39,11 +41,14 @@ from fallline.training.progress import Progress
 EVALUATIONS = 20
 # New blocks are written at most so often, in seconds; what a killed sweep loses.
 SECONDS_BETWEEN_WRITES = 0.2
+STOPPING = "stopping at the next evaluation; Ctrl-C again stops at once"
 # What may differ between a run and its continuation.
 INCIDENTAL = (
     "created",
     "versions",
+    "task_code",
     "command",
+    "engine_reason",
     "workers",
     "seconds",
     "trials_per_second",
@@ -53,7 +58,7 @@ INCIDENTAL = (
 
 
 def default_optimizers(points: int = 13) -> list[Optimizer]:
-    """What a sweep races when it is not told: SGD, SGD with momentum, RMSprop and Adam, over `points` learning rates."""
+    """What a sweep races when it is not told: SGD, SGD with momentum, RMSprop and Adam, over so many learning rates."""
     return [
         sgd(lr=learning_rate_grid("sgd", points)),
         sgd(lr=learning_rate_grid("sgd", points), momentum=0.9),
@@ -149,7 +154,7 @@ def sweep(
     spec = {
         "task": first.describe(),
         "task_code": task_code or _task_code(task),
-        "data": _fingerprint(task),
+        "data": fingerprint(task),
         "optimizers": _described_optimizers(optimizers),
         "losses": list(dict.fromkeys(c.loss.name for c in chosen)),
         "seeds": _seeds(seeds),
@@ -172,18 +177,30 @@ def sweep(
         "trials_per_second": None,
         "complete": False,
     }
+    if out is None and resume:
+        raise RunDirectoryError("resume=True needs the directory of the run: give out=….")
     temporary = Path(mkdtemp(prefix="fallline-")) if out is None else None
     path = temporary / "run" if temporary is not None else Path(str(out))
-    directory = _open(path, spec, resume, chosen, plans)
-    job = Job(tasks, plans, choice.engine, where, budget, every, path, keep_parameters)
-    _train(job, directory, progress, task.name, float(directory.spec["seconds"]), began)
+    try:
+        directory = _open(path, spec, resume, chosen, plans)
+        traced = choice.engine == "vectorised" and worth_tracing(len(plans), budget, processes)
+        job = Job(tasks, plans, choice.engine, where, budget, every, path, keep_parameters, traced)
+        try:
+            _train(job, directory, processes, progress, task.name, began)
+        except FalllineError:
+            if not resume and directory.recorded().is_empty():
+                directory.remove()  # nothing to keep, nothing to go on from
+            raise
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return Result(path, temporary=temporary)
 
 
-def _train(
-    job: Job, directory: RunDirectory, progress: bool | None, name: str, seconds_before: float, began: float
-) -> None:
+def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | None, name: str, began: float) -> None:
     """Trains what is not trained yet and writes it down."""
+    seconds_before = float(directory.spec["seconds"])
     planned = [Pack(i, tuple(trials)) for i, trials in enumerate(directory.spec["packs"])]
     waiting, done = _still_to_do(job, directory, planned)
     interrupt = Interrupt()
@@ -193,19 +210,20 @@ def _train(
         title = f"sweep {name} ({job.engine})"
         with Progress(title, len(job.plans), "trial", show=progress) as bar, interrupt.listening():
             bar.start_from(done)
-            messages = workers.train_packs(
-                job, waiting, min(int(directory.spec["workers"]), len(waiting)), lambda: interrupt.requested
-            )
-            try:
-                for message in messages:
-                    if isinstance(message, Block):
-                        pending.append(message)
-                        bar.advance(_share_done(job, message), "stopping …" if interrupt.requested else "")
-                    if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-                        directory.append(pending)
-                        pending, written = [], time.monotonic()
-            finally:
-                directory.append(pending)
+            messages = workers.train_packs(job, waiting, min(processes, len(planned)), lambda: interrupt.requested)
+            with contextlib.closing(messages):
+                try:
+                    for message in messages:
+                        if isinstance(message, Block):
+                            pending.append(message)
+                        share = _share_done(job, message) if isinstance(message, Block) else 0.0
+                        bar.advance(share, STOPPING if interrupt.requested else "")
+                        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+                            unwritten, pending = pending, []
+                            directory.append(unwritten)
+                            written = time.monotonic()
+                finally:
+                    directory.append(pending)
     recorded = directory.recorded()
     history = history_of(recorded, len(job.plans), job.steps, job.evaluate_every, np.float64)
     higher = next(iter(job.tasks.values())).metric.higher_is_better
@@ -238,7 +256,7 @@ def _share_done(job: Job, block: Block) -> float:
 
 
 def _still_to_do(job: Job, directory: RunDirectory, planned: list[Pack]) -> tuple[list[Pack], float]:
-    """The packs that have not ended, each rid of a checkpoint that is ahead of the history, and the trials' worth done."""
+    """The packs that have not ended, and how many trials' worth is done; a checkpoint ahead of the history is deleted."""
     table = (
         directory.recorded()
         .sort("start")
@@ -300,13 +318,25 @@ def _open(
     if not path.exists():
         raise RunDirectoryError(f"there is nothing to resume at {path}: it does not exist. Leave resume out.")
     directory = RunDirectory(path)
-    for key in spec.keys() - set(INCIDENTAL):
-        if _plain(spec[key]) != _plain(directory.spec.get(key)):
+    for name, here in _facts(spec):
+        there = dict(_facts(directory.spec)).get(name)
+        if here != there:
             raise RunDirectoryError(
-                f"{path} holds another run: its {key} is {_short(directory.spec.get(key))}, not {_short(spec[key])}. "
+                f"{path} holds another run: {name} was {_short(there)} there and is {_short(here)} now. "
                 "Resume with the settings of that run, or give another directory."
             )
     return directory
+
+
+def _facts(spec: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What must agree between a run and its continuation, each with its name, as it comes back from JSON."""
+    for key, value in _plain(spec).items():
+        if key == "task":
+            yield from ((f"the task's {name}", fact) for name, fact in value.items())
+        elif key == "optimizers":
+            yield key, [each["code"] for each in value]
+        elif key not in INCIDENTAL:
+            yield key, value
 
 
 def _plain(value: Any) -> Any:
@@ -317,7 +347,7 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
@@ -359,7 +389,8 @@ def _losses(task: Task, given: Sequence[Any] | None) -> list[Loss]:
     kinds = {loss.kind for loss in [*found, task.loss]}
     if len(found) > 1 and "other" in kinds and not task.metric_was_given:
         raise InvalidSweep(
-            "values of different losses cannot be compared, and no metric can be chosen for these: give the task a metric."
+            "values of different losses cannot be compared, and no metric can be chosen for these: give the task a "
+            "metric."
         )
     return found
 
@@ -369,7 +400,7 @@ def _seeds(given: int | Sequence[int]) -> list[int]:
         if given < 1:
             raise InvalidSweep(f"seeds = {given!r}: give at least 1 (8 or more let a ranking be sure).")
         return list(range(given))
-    if isinstance(given, bool) or isinstance(given, str) or not isinstance(given, Sequence) or not given:
+    if isinstance(given, bool | str) or not isinstance(given, Sequence) or not given:
         raise InvalidSweep(f"seeds = {given!r} is neither a number of seeds nor a list of them.")
     for seed in given:
         check_seed(seed)
@@ -391,17 +422,6 @@ def _steps(task: Task, steps: int | None, epochs: int | None) -> int:
 
 def _workers(given: int | str, device: torch.device, trials: int, work: float) -> int:
     return workers.worker_count(given, device=device, packs=trials, work=work)
-
-
-def _fingerprint(task: Task) -> str:
-    """A digest of the data, so that a run is not resumed on other data."""
-    digest = hashlib.blake2b(digest_size=16)
-    for data in (task.train, task.validation):
-        for tensor in (data.x, data.y):
-            stride = max(1, tensor.numel() // 2**20)
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.reshape(-1)[::stride].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _task_code(task: Task) -> str:

@@ -8,7 +8,8 @@ so a trial does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,12 +20,15 @@ from torch.func import vmap
 
 from fallline.optim import Optimizer, State
 from fallline.sweeps.search import TrialPlan
+from fallline.sweeps.traced import trace
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
 from fallline.training.step import Program, gradients
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
+# Diverged trials leave the population when they are at least this share of it: every new size has its price.
+WORTH_COMPACTING = 1 / 8
 # Samples per mapped forward pass when the population is evaluated.
 EVALUATION_CHUNK = 512
 
@@ -43,13 +47,17 @@ class Family:
 class Population:
     """Trials trained together. `rows` holds the number of each trial that is still in it."""
 
-    def __init__(self, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device, traced: bool = False
+    ) -> None:
         self.task = task
+        self.traced = traced
         self.steps = steps
         self.device = device
         self.step = 0
         self.constants: dict[str, Tensor] = {}
         self._flat: Tensor
+        self._alive: Tensor
         ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
         self.rows = np.array([plan.index for plan in ordered])
         self.seeds = [plan.seed for plan in ordered]
@@ -66,13 +74,16 @@ class Population:
     @property
     def alive(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[row], whether the trial's losses have all been finite."""
-        return self._alive.squeeze(1).cpu().numpy()
+        alive: np.ndarray[Any, np.dtype[np.bool_]] = self._alive.squeeze(1).cpu().numpy()
+        return alive
 
     def train_steps(self, count: int) -> Array:
         """Makes `count` steps; returns mini-batch losses [row, count], NaN from the step after the one that diverged."""
         losses = torch.empty(len(self.rows), count, dtype=torch.float64, device=self.device)
-        for position in range(count):
-            losses[:, position] = torch.where(self._alive.squeeze(1), self._one_step(), torch.nan)
+        with torch.no_grad():
+            for position in range(count):
+                alive = self._alive.squeeze(1)
+                losses[:, position] = torch.where(alive, self._one_step(), torch.nan)
         recorded = losses.cpu().numpy()
         ended = np.cumsum(~np.isfinite(recorded), axis=1) > 1  # the first loss that is not finite is kept as it was
         recorded[ended] = np.nan
@@ -84,7 +95,8 @@ class Population:
         self.program.module.eval()
         forward = vmap(self.program.predict, in_dims=(0, 0, None))
         with torch.no_grad():
-            parts = [forward(self.leaves, self.constants, part) for part in x.split(EVALUATION_CHUNK)]
+            params = self.layout.views(self._flat)
+            parts = [forward(params, self.constants, part) for part in x.split(EVALUATION_CHUNK)]
             prediction = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             metric = vmap(self.task.metric, in_dims=(0, None))(prediction, y)
             loss = vmap(self.task.loss, in_dims=(0, None))(prediction, y)
@@ -92,10 +104,14 @@ class Population:
         return metric.double().cpu().numpy(), loss.double().cpu().numpy()
 
     def compact(self) -> None:
-        """Lets diverged trials leave, so that they stop costing."""
-        keep = torch.from_numpy(np.flatnonzero(self.alive)).to(self.device)
-        if len(keep) == len(self.rows):
+        """Lets diverged trials leave, so that they stop costing, once there are enough of them to be worth it."""
+        alive = self.alive
+        if alive.all() or (alive.any() and (~alive).mean() < WORTH_COMPACTING):
             return
+        self._keep(torch.from_numpy(np.flatnonzero(alive)).to(self.device))
+
+    def _keep(self, keep: Tensor) -> None:
+        """Only these rows stay."""
         families = []
         start = 0
         for family in self.families:
@@ -111,6 +127,7 @@ class Population:
         kept = keep.cpu().numpy()
         self.rows = self.rows[kept]
         self.seeds = [self.seeds[i] for i in kept]
+        self._alive = self._alive[keep]
         self._index_rows()
 
     def parameters(self, row: int) -> dict[str, Tensor]:
@@ -120,7 +137,7 @@ class Population:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that going on from here needs, as tensors by name."""
-        kept = {"parameters": self._flat, "rows": torch.from_numpy(self.rows)}
+        kept = {"parameters": self._flat, "rows": torch.from_numpy(self.rows), "alive": self._alive}
         kept.update({f"constants/{name}": tensor for name, tensor in self.constants.items()})
         for number, family in enumerate(self.families):
             kept[f"family/{number}/step"] = family.state["step"]
@@ -130,10 +147,10 @@ class Population:
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Goes back to where `tensors()` were taken, after `step` steps."""
-        inside = set(tensors["rows"].tolist())
-        self._alive = torch.tensor([[row in inside] for row in self.rows.tolist()], device=self.device)
-        self.compact()
+        inside = np.isin(self.rows, tensors["rows"].numpy())
+        self._keep(torch.from_numpy(np.flatnonzero(inside)).to(self.device))
         self._flat.copy_(tensors["parameters"])
+        self._alive = tensors["alive"].to(self.device)
         for name, tensor in self.constants.items():
             tensor.copy_(tensors[f"constants/{name}"])
         for number, family in enumerate(self.families):
@@ -146,48 +163,95 @@ class Population:
     def losses_and_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Of every trial on its mini-batch of this step: losses [row] and gradients [row, *shape]."""
         x, y, dim = self._batch()
-        mapped = vmap(self.program.loss_at, in_dims=(0, 0, dim, dim), randomness="error")
-        losses = mapped(self.leaves, self.constants, x, y)
-        # Rows do not meet, so the gradient of the sum holds each row's own gradient.
-        return losses.detach(), gradients(losses.sum(), self.leaves)
+        return self._losses_and_gradients(dim, self._flat, self.constants, x, y)
 
     def _one_step(self) -> Tensor:
-        losses, grads = self.losses_and_gradients()
-        with torch.no_grad():
-            for name, view in self._gradient_views.items():
-                view.copy_(grads[name])
-            alive = self._alive = self._alive & torch.isfinite(losses).unsqueeze(1)
-            # On a CPU asking whether all are alive is free, and saves a pass over the parameters.
-            unharmed = self.device.type == "cpu" and bool(alive.all())
-            for family in self.families:
-                self._update(family, None if unharmed else alive)
+        x, y, dim = self._batch()
+        arguments = self._arguments(x, y)
+        losses, updates, states = self._program(dim, *arguments)(*arguments)
+        alive = self._alive = self._alive & torch.isfinite(losses).unsqueeze(1)
+        # On a CPU asking whether all are alive is free, and saves a pass over the parameters.
+        unharmed = self.device.type == "cpu" and bool(alive.all())
+        for family, update, state in zip(self.families, updates, states, strict=True):
+            rows = slice(family.start, family.stop)
+            self._flat[rows].add_(update if unharmed else torch.where(alive[rows], update, 0))
+            family.state = state
         self.step += 1
-        return losses
+        return cast(Tensor, losses)
 
-    def _update(self, family: Family, alive: Tensor | None) -> None:
+    def _arguments(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        """All tensors that a step reads."""
+        states = [family.state for family in self.families]
+        return self._flat, self.constants, states, [family.numbers for family in self.families], x, y
+
+    def _compute(
+        self,
+        dim: int | None,
+        flat: Tensor,
+        constants: dict[str, Tensor],
+        states: list[State],
+        numbers: list[dict[str, Tensor]],
+        x: Tensor,
+        y: Tensor,
+    ) -> tuple[Tensor, list[Tensor], list[State]]:
+        """The pure step: losses, and the updates and the new state of each family."""
+        losses, grads = self._losses_and_gradients(dim, flat, constants, x, y)
+        with torch.no_grad():
+            gradient = self.layout.flatten(grads, leading=1)
+            made = [self._update(*each, flat, gradient) for each in zip(self.families, states, numbers, strict=True)]
+        return losses, [update for update, _ in made], [state for _, state in made]
+
+    def _losses_and_gradients(
+        self, dim: int | None, flat: Tensor, constants: dict[str, Tensor], x: Tensor, y: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.enable_grad():
+            leaves = {name: view.detach().requires_grad_() for name, view in self.layout.views(flat).items()}
+            mapped = vmap(self.program.loss_at, in_dims=(0, 0, dim, dim), randomness="error")
+            losses = mapped(leaves, constants, x, y)
+            # Rows do not meet, so the gradient of the sum holds each row's own gradient.
+            return losses.detach(), gradients(losses.sum(), leaves)
+
+    def _update(
+        self, family: Family, state: State, numbers: dict[str, Tensor], flat: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, State]:
+        """A family's updates [row, parameters] and its new state."""
         rows = slice(family.start, family.stop)
         if family.optimizer.elementwise:
-            updates, family.state = family.optimizer.update(
-                {FLAT: self._gradient[rows]},
-                family.state,
-                {FLAT: self._flat[rows]},
-                family.numbers,
-                steps=self.steps,
+            updates, state = family.optimizer.update(
+                {FLAT: gradient[rows]}, state, {FLAT: flat[rows]}, numbers, steps=self.steps
             )
-            update = updates[FLAT]
-        else:
-            params = {name: view[rows] for name, view in self.layout.views(self._flat).items()}
-            grads = {name: view[rows] for name, view in self._gradient_views.items()}
+            return updates[FLAT], state
 
-            def rule(g: Any, s: Any, p: Any, n: Any) -> Any:
-                return family.optimizer.update(g, s, p, n, steps=self.steps)
+        def rule(g: Any, s: Any, p: Any, n: Any) -> Any:
+            return family.optimizer.update(g, s, p, n, steps=self.steps)
 
-            numbers = {name: tensor.squeeze(1) for name, tensor in family.numbers.items()}
-            made, family.state = vmap(rule)(grads, family.state, params, numbers)
-            update = self.layout.flatten(made, leading=1)
-        if alive is not None:
-            update = torch.where(alive[rows], update, 0)
-        self._flat[rows].add_(update)
+        grads, params = self.layout.views(gradient[rows]), self.layout.views(flat[rows])
+        updates, state = vmap(rule)(grads, state, params, {name: each.squeeze(1) for name, each in numbers.items()})
+        return self.layout.flatten(updates, leading=1), state
+
+    def _program(self, dim: int | None, *arguments: Any) -> Callable[..., Any]:
+        """What computes a step for arguments of this shape: the traced program, or `_compute` as it is."""
+        plain = functools.partial(self._compute, dim)
+        if not self.traced:
+            return plain
+        x = arguments[-2]
+        key = (len(self.rows), dim, tuple(x.shape))
+        if key not in self._programs:
+            try:
+                program = trace(plain, *arguments)
+                self._programs[key] = program if self._agrees(program, plain, arguments) else plain
+            except Exception:  # whatever keeps a model from being traced, it can be run
+                self._programs[key] = plain
+        return self._programs[key]
+
+    def _agrees(self, program: Callable[..., Any], plain: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+        """Whether the traced program computes what the step does."""
+        flat, constants, *rest = arguments
+        with torch.no_grad():
+            ours, updates, _ = program(flat, {name: tensor.clone() for name, tensor in constants.items()}, *rest)
+            theirs, expected, _ = plain(flat, {name: tensor.clone() for name, tensor in constants.items()}, *rest)
+        pairs = zip([ours, *updates], [theirs, *expected], strict=True)
+        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs)
 
     def _batch(self) -> tuple[Tensor, Tensor, int | None]:
         """Inputs and targets, with the dimension that holds the trial: None where all trials see the same batch."""
@@ -264,14 +328,10 @@ class Population:
 
     def _index_rows(self) -> None:
         """What depends on which rows there are."""
-        self._alive = torch.ones(len(self.rows), 1, dtype=torch.bool, device=self.device)
         self.orders = {seed: self.orders[seed] for seed in dict.fromkeys(self.seeds)}
         position = {seed: i for i, seed in enumerate(self.orders)}
         self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
-        views = self.layout.views(self._flat)
-        self.leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
-        self._gradient = torch.zeros_like(self._flat)
-        self._gradient_views = self.layout.views(self._gradient)
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
 
 def _map(tree: Any, change: Any) -> Any:

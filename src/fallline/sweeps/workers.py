@@ -3,12 +3,15 @@
 A population of small tensors is faster in one thread per core, each with its own pack, than in one pack whose operators
 share the cores. The processes are forked, as torch's own DataLoader does it, so tasks with lambdas need no pickling and
 starting costs milliseconds. Where processes cannot be forked safely, packs are trained one after the other here.
+
+A worker dies with its parent, however that ends; the parent notices when a worker dies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,13 +20,15 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fallline.errors import FalllineError, InvalidSweep
+from fallline.errors import FalllineError, InvalidSweep, RunDirectoryError
 from fallline.sweeps.packs import Block, Job, Pack, PackEnd, train_pack
 
 Message = Block | PackEnd
@@ -50,46 +55,58 @@ def worker_count(workers: int | str, *, device: torch.device, packs: int, work: 
     return min(_cores(), packs) if work > WORTH_A_PROCESS else 1
 
 
-def train_packs(job: Job, packs: Sequence[Pack], workers: int, stop: Callable[[], bool]) -> Iterator[Message | None]:
+def train_packs(
+    job: Job, packs: Sequence[Pack], workers: int, stop: Callable[[], bool]
+) -> Generator[Message | None, None, None]:
     """Trains packs in so many processes (here, if it is one); yields what they send, and None now and then.
+
+    Several workers were asked for: then even a single pack is trained in a worker, with one thread as when it began, so
+    that a resumed pack ends bit for bit where it would have ended.
 
     Args:
         stop: asked between messages; once it is True, every pack is brought to a checkpoint and the iterator ends.
+
+    Raises:
+        TrainingFailed: when the model, its loss or its metric raises an error.
+        RunDirectoryError: when the disk is full.
+        WorkerDied: when a worker process was killed.
     """
     if workers == 1:
-        for pack in packs:
-            for message in train_pack(job, pack, stop):
-                yield message
-                if isinstance(message, PackEnd) and not message.complete:
+        try:
+            for pack in packs:
+                if stop():
                     return
+                yield from train_pack(job, pack, stop)
+        except FalllineError:
+            raise
+        except Exception as error:
+            raise _named(error) from error
         return
     with contextlib.ExitStack() as stack:
         waiting = deque(packs)
-        connections = [stack.enter_context(_worker(job)) for _ in range(workers)]
-        busy: dict[Connection, bool] = {}
+        connections = [stack.enter_context(_worker(job)) for _ in range(min(workers, len(packs)))]
+        busy: list[Connection] = []
         for connection in connections:
-            if waiting:
-                connection.send(waiting.popleft())
-                busy[connection] = True
+            _send(connection, waiting.popleft())
+            busy.append(connection)
         told = False
         while busy:
             if stop() and not told:
                 told = True
                 waiting.clear()
                 for connection in busy:
-                    connection.send("stop")
-            ready = multiprocessing.connection.wait(list(busy), timeout=0.2)
+                    _send(connection, "stop")
+            ready = multiprocessing.connection.wait(busy, timeout=0.2)
             if not ready:
                 yield None
-            for connection in (c for c in busy if c in ready):
+            for connection in [each for each in busy if each in ready]:
                 message = _receive(connection)
                 yield message
                 if isinstance(message, PackEnd):
                     if waiting:
-                        connection.send(waiting.popleft())
+                        _send(connection, waiting.popleft())
                     else:
-                        busy[connection] = False
-            busy = {connection: True for connection, working in busy.items() if working}
+                        busy.remove(connection)
 
 
 def use_one_thread() -> None:
@@ -112,7 +129,7 @@ def use_one_thread() -> None:
 def _worker(job: Job) -> Iterator[Connection]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(job, there, here), daemon=True)
+    process = context.Process(target=_work, args=(job, there, here, os.getpid()), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: see the module's docstring
         process.start()
@@ -123,15 +140,16 @@ def _worker(job: Job) -> Iterator[Connection]:
         here.close()
         process.join(timeout=0.1)
         if process.is_alive():
-            process.terminate()
+            process.kill()
             process.join()
 
 
-def _work(job: Job, connection: Connection, parent_end: Connection) -> None:
+def _work(job: Job, connection: Connection, parent_end: Connection, parent: int) -> None:
     """The life of a worker: packs in, blocks out, until the parent is gone."""
-    parent_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
+    parent_end.close()
     use_one_thread()
     try:
         while True:
@@ -142,17 +160,41 @@ def _work(job: Job, connection: Connection, parent_end: Connection) -> None:
                 connection.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
-    except FalllineError as error:
-        connection.send(error)
-    except BaseException:
-        connection.send(traceback.format_exc())
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            connection.send(_Failure(_named(error), traceback.format_exc()))
     finally:
         sys.stdout.flush()
         os._exit(0)  # a forked process must not run the parent's exit handlers
 
 
+def _die_with(parent: int) -> None:
+    """The system ends this process when its parent ends, even by SIGKILL and in the middle of a long block.
+
+    Without it a worker would only notice between blocks that nobody listens any more.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the system was told
+        os._exit(0)
+
+
 def _told_to_stop(connection: Connection) -> bool:
     return connection.poll() and connection.recv() == "stop"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker sends when it cannot go on."""
+
+    error: FalllineError
+    trace: str
+
+
+def _send(connection: Connection, message: Pack | str) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died, which `_receive` will find
+        connection.send(message)
 
 
 def _receive(connection: Connection) -> Message:
@@ -160,19 +202,41 @@ def _receive(connection: Connection) -> Message:
         message: Any = connection.recv()
     except (EOFError, ConnectionResetError):
         raise WorkerDied(
-            "a worker process died without a word: most likely the machine ran out of memory. What was recorded is kept; "
-            "resume with fewer workers."
+            "a worker process died without a word: most likely the machine ran out of memory. What was recorded is "
+            "kept; resume with fewer workers."
         ) from None
-    if isinstance(message, FalllineError):
-        raise message
-    if isinstance(message, str):
-        raise RuntimeError(f"training failed in a worker process:\n{message}")
+    if isinstance(message, _Failure):
+        message.error.add_note(f"In a worker process:\n{message.trace}")
+        raise message.error
     assert isinstance(message, Block | PackEnd)
     return message
 
 
 class WorkerDied(FalllineError, RuntimeError):
     """A worker process ended without saying why."""
+
+
+class TrainingFailed(FalllineError, RuntimeError):
+    """The model, its loss or its metric raised an error in the middle of training."""
+
+
+# What the system says when a file cannot take what is written to it.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def _named(error: BaseException) -> FalllineError:
+    """An error that ended training, as one of ours: with its own words, and where it happened."""
+    if isinstance(error, FalllineError):
+        return error
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return RunDirectoryError(f"the run directory could not be written: {error.strerror}: {error.filename}.")
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))] or frames
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return TrainingFailed(f"training failed with {said}{place}. What was recorded before it is kept.")
 
 
 def _can_fork(device: torch.device) -> bool:

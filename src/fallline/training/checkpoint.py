@@ -46,7 +46,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any])
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
-        raise RunDirectoryError(f"the checkpoint {folder} could not be written: {error}.") from error
+        raise RunDirectoryError(f"the checkpoint {folder} could not be written: {_reason(error)}.") from error
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -61,7 +61,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     try:
         return safetensors.torch.load_file(place / TENSORS), json.loads((place / STATE).read_text())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise RunDirectoryError(f"{place} is not a checkpoint that can be read: {error}.") from error
+        raise RunDirectoryError(f"{place} is not a checkpoint that can be read: {_reason(error)}.") from error
 
 
 def remove(folder: Path) -> None:
@@ -86,7 +86,12 @@ def write_file(path: Path, content: bytes | str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise RunDirectoryError(f"{path} could not be written: {error.strerror or error}.") from error
+        raise RunDirectoryError(f"{path} could not be written: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, without its number."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
 
 
 def _old(folder: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from fallline.training.verdict import Verdict, verdict
 CHECKPOINT = "checkpoint"
 # Between two checkpoints at least this many seconds pass, so that writing them costs little.
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
+# So long may Ctrl-C wait for a safe point inside an epoch.
+SECONDS_BETWEEN_LOOKS = 0.3
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def fit(
         device: "auto", "cpu", "cuda" or "cuda:N".
         patience: stop early when the validation metric has not improved for so many epochs, and return the best model.
         out: a directory for checkpoints.
-        resume: go on from the checkpoint in `out`, if there is one.
+        resume: go on from the checkpoint in `out`, with the settings that it was begun with; more epochs or steps may
+            be asked for, unless a schedule spans them.
         progress: a progress bar; by default when a terminal watches.
         on_epoch: called after every epoch.
 
@@ -121,17 +126,19 @@ def fit(
     task.check()
     trial = Trial(task, optimizer, seed, steps=budget, device=where)
     record = _Record(trial, budget, per_epoch, patience)
-    identity = {"task": task.name, "loss": repr(task.loss), "optimizer": repr(optimizer), "seed": seed}
+    identity = {**task.describe(), "data": fingerprint(task), "optimizer": repr(optimizer), "seed": seed}
+    identity |= {"patience": patience, "budget": budget}
     folder = _folder(out, identity, resume, record)
     interrupt, stopped, written = Interrupt(), record.stopped(), time.monotonic()
     with interrupt.listening(), Progress(f"fit {task.name}", budget, "step", show=progress) as bar:
         bar.start_from(trial.step)
         while not stopped:
-            report = record.epoch()
-            bar.advance(trial.step - bar.done, f"loss {report.loss:.4g}")
-            if on_epoch is not None:
+            record.advance()
+            bar.advance(trial.step - bar.done, f"loss {record.losses[-1]:.4g}")
+            report = record.end_of_epoch()
+            if report is not None and on_epoch is not None:
                 on_epoch(report)
-            stopped = "interrupted" if interrupt.requested else record.stopped()
+            stopped = record.stopped() or ("interrupted" if interrupt.requested else "")
             if folder is not None and (stopped or time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS):
                 checkpoint.write(folder, record.tensors(), {**identity, "step": trial.step})
                 written = time.monotonic()
@@ -182,6 +189,17 @@ def check_budget(name: str, value: object) -> None:
         raise InvalidSweep(f"{name} = {value!r} is not a whole number of at least 1.")
 
 
+def fingerprint(task: Task) -> str:
+    """A digest of the data, so that a run is not resumed on other data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for data in (task.train, task.validation):
+        for tensor in (data.x, data.y):
+            stride = max(1, tensor.numel() // 2**20)
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.reshape(-1)[::stride].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _budget(task: Task, epochs: int | None, steps: int | None) -> tuple[int, int]:
     """The number of steps, and how many make an epoch."""
     per_epoch = steps_per_epoch(len(task.train.x), task.batch_size, task.drop_last)
@@ -196,25 +214,45 @@ def _budget(task: Task, epochs: int | None, steps: int | None) -> tuple[int, int
 
 
 def _folder(out: str | Path | None, identity: dict[str, Any], resume: bool, record: _Record) -> Path | None:
-    """The checkpoint folder, with the record put back to what it holds."""
+    """The checkpoint folder, made with its first checkpoint, or with the record put back to what it holds."""
     if out is None:
         if resume:
             raise RunDirectoryError("resume=True needs the directory of the run: give out=….")
         return None
-    folder = Path(out) / CHECKPOINT
+    place = Path(out)
+    folder = place / CHECKPOINT
     found = checkpoint.read(folder)
     if found is None:
-        if Path(out).is_dir() and any(Path(out).iterdir()):
-            raise RunDirectoryError(f"{out} is not empty and holds no checkpoint: give another directory.")
+        if resume:
+            raise RunDirectoryError(f"there is nothing to resume at {out}: it holds no checkpoint. Leave resume out.")
+        if place.exists() and not place.is_dir():
+            raise RunDirectoryError(f"{out} is a file: give a directory.")
+        if place.is_dir() and any(place.iterdir()):
+            raise RunDirectoryError(f"{out} holds other files and no checkpoint: give another directory.")
+        was_there = place.exists()
+        try:  # now, so that a disk that cannot be written to is found before anything is trained
+            checkpoint.write(folder, record.tensors(), {**identity, "step": 0})
+        except BaseException:
+            if not was_there:
+                shutil.rmtree(place, ignore_errors=True)
+            raise
         return folder
     tensors, state = found
     if not resume:
-        raise RunDirectoryError(f"{out} holds another run: give resume=True to go on with it, or another directory.")
-    for key, value in identity.items():
-        if state.get(key) != value:
+        raise RunDirectoryError(f"{out} holds another run: resume it, or give another directory.")
+    spans = "fl.schedules." in identity["optimizer"]
+    for key, here in identity.items():
+        there = state.get(key)
+        if there != here and (key != "budget" or spans):
             raise RunDirectoryError(
-                f"{out} holds another run: its {key} is {state.get(key)!r}, not {value!r}. Give another directory."
+                f"{out} holds another run: its {key} is {there!r}, not {here!r}. "
+                "Resume with the settings of that run, or give another directory."
             )
+    if state["step"] > identity["budget"]:
+        raise RunDirectoryError(
+            f"the run in {out} has made {state['step']} steps, more than the {identity['budget']} asked for. "
+            "Ask for more, or give another directory."
+        )
     record.restore(tensors, state["step"])
     return folder
 
@@ -227,24 +265,38 @@ class _Record:
         self.budget = budget
         self.per_epoch = per_epoch
         self.patience = patience
-        self.losses = np.zeros(0)
-        self.evaluations = np.zeros((0, 3))  # step, metric, validation loss
+        self.losses: list[float] = []
+        self.evaluations: list[tuple[float, float, float]] = []  # step, metric, validation loss
         self.best_model: dict[str, torch.Tensor] = {}
+        self._best = 0  # which evaluation was the best so far (the first of equals)
+        self._at_once = 1
 
-    def epoch(self) -> EpochReport:
-        """Trains to the end of the epoch, or of the budget, and evaluates."""
+    def advance(self) -> None:
+        """Trains towards the end of the epoch or of the budget, no further than a fraction of a second takes."""
         trial = self.trial
-        end = min(self.budget, (trial.step // self.per_epoch + 1) * self.per_epoch)
-        losses = trial.train_steps(end - trial.step)
-        self.losses = np.concatenate([self.losses, losses[: trial.step - len(self.losses)]])
+        count = min(self._at_once, self._end_of_epoch() - trial.step)
+        began = time.monotonic()
+        before = trial.step
+        losses = trial.train_steps(count)
+        self.losses.extend(losses[: trial.step - before].tolist())
+        if time.monotonic() - began < SECONDS_BETWEEN_LOOKS / 2:
+            self._at_once *= 2
+        elif time.monotonic() - began > SECONDS_BETWEEN_LOOKS:
+            self._at_once = max(1, self._at_once // 2)
+
+    def end_of_epoch(self) -> EpochReport | None:
+        """Evaluates if an epoch has just ended, or training has."""
+        trial = self.trial
+        if trial.alive and trial.step % self.per_epoch and trial.step < self.budget:
+            return None
         metric, validation_loss = trial.evaluate() if trial.alive else (np.nan, np.nan)
-        self.evaluations = np.vstack([self.evaluations, [trial.step, metric, validation_loss]])
-        if self.patience is not None and self._best() == len(self.evaluations) - 1:
+        self._note(trial.step, metric, validation_loss)
+        if self.patience is not None and self._best == len(self.evaluations) - 1:
             self.best_model = trial.parameters()
         return EpochReport(
             -(-trial.step // self.per_epoch),
             -(-self.budget // self.per_epoch),
-            float(self.losses[-1]),
+            self.losses[-1],
             metric,
             validation_loss,
         )
@@ -255,7 +307,7 @@ class _Record:
             return "diverged"
         if self.trial.step >= self.budget:
             return "finished"
-        if self.patience is not None and len(self.evaluations) - 1 - self._best() >= self.patience:
+        if self.patience is not None and len(self.evaluations) - 1 - self._best >= self.patience:
             return "early stopping"
         return ""
 
@@ -265,32 +317,38 @@ class _Record:
             self.trial.module.load_state_dict(self.best_model)
 
     def history(self) -> History:
+        evaluations = np.array(self.evaluations, dtype=np.float64).reshape(-1, 3)
         return History(
             step=np.arange(len(self.losses)),
-            train_loss=self.losses,
-            evaluation_step=self.evaluations[:, 0].astype(np.int64),
-            metric=self.evaluations[:, 1],
-            validation_loss=self.evaluations[:, 2],
+            train_loss=np.array(self.losses, dtype=np.float64),
+            evaluation_step=evaluations[:, 0].astype(np.int64),
+            metric=evaluations[:, 1],
+            validation_loss=evaluations[:, 2],
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
             **{f"trial/{name}": tensor for name, tensor in self.trial.tensors().items()},
             **{f"best/{name}": tensor for name, tensor in self.best_model.items()},
-            "losses": torch.from_numpy(self.losses),
-            "evaluations": torch.from_numpy(self.evaluations),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "evaluations": torch.tensor(self.evaluations, dtype=torch.float64).reshape(-1, 3),
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        self.losses = tensors["losses"].numpy()
-        self.evaluations = tensors["evaluations"].numpy()
+        self.losses = tensors["losses"].tolist()
+        for evaluation in tensors["evaluations"].tolist():
+            self._note(*evaluation)
         self.best_model = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
         own = {n.removeprefix("trial/"): t for n, t in tensors.items() if n.startswith("trial/")}
         self.trial.restore(own, step)
         self.trial.alive = bool(np.isfinite(self.losses).all())
 
-    def _best(self) -> int:
-        """Which evaluation was the best so far (the first of equals)."""
-        metric = self.evaluations[:, 1]
+    def _end_of_epoch(self) -> int:
+        return min(self.budget, (self.trial.step // self.per_epoch + 1) * self.per_epoch)
+
+    def _note(self, step: float, metric: float, validation_loss: float) -> None:
+        self.evaluations.append((step, metric, validation_loss))
         sign = 1 if self.trial.task.metric.higher_is_better else -1
-        return int(np.argmax(np.where(np.isnan(metric), -np.inf, sign * metric))) if len(metric) else 0
+        best = self.evaluations[self._best][1]
+        if np.isfinite(metric) and (np.isnan(best) or sign * metric > sign * best):
+            self._best = len(self.evaluations) - 1

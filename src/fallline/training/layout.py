@@ -37,7 +37,11 @@ class Layout:
 
     def flatten(self, params: Mapping[str, Tensor], leading: int = 0) -> Tensor:
         """A new tensor [..., size] of the parameters, which have `leading` leading dimensions."""
-        return torch.cat([params[name].flatten(leading) for name in self.names], dim=-1)
+        first = params[self.names[0]]
+        flat = first.new_empty((*first.shape[:leading], self.size))
+        for name, view in self.views(flat).items():  # one pass, whatever the strides
+            view.copy_(params[name])
+        return flat
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters as views of a flat tensor [..., size]: writing to one writes to the other."""

@@ -44,12 +44,15 @@ PIECES = 20
 def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: float | None = None) -> Verdict:
     """Judges a trial by its mini-batch losses.
 
-    The losses are averaged in up to 20 pieces of whole epochs where there are enough of them. With L₁ the first, L the
-    last and L* the lowest piece:
-    *diverged*: a loss is not finite; *unstable*: L is above L₁, or more than 1.5 L* above L* in the last quarter's mean;
-    *too slow*: all of training lowered the loss by under 10 %, and it is still falling; *converged*: the last quarter
-    lowered it by under 2 % of what training did, and by under 5 % of itself, or within its noise, or below a thousandth
-    of L₁; *still improving*: the rest.
+    The losses are averaged in up to 20 pieces, of whole epochs where there are enough of them; with L₀ the loss before
+    the first step, L the mean of the last quarter and L₋ that of the quarter before it:
+
+    - *diverged*: a loss is not finite;
+    - *unstable*: the loss rose above L₀ and did not come well below it again, or L is far above the lowest piece, or the
+      loss rises in the last quarter;
+    - *too slow*: L is less than 10 % below L₀ and still falling, or not below it by more than the noise;
+    - *still improving*: L₋ − L is above its noise, and above 2 % of L₋ or 5 % of all that training gained;
+    - *converged*: the rest, and a loss below a thousandth of L₀.
 
     Args:
         train_loss: [step], the mini-batch loss before each update.
@@ -74,39 +77,101 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
             f"Diverged at step {step}: the loss was no longer finite{rate}. Try {lower}, or clip the gradient.",
             step,
         )
-    pieces = _pieces(losses, steps_per_epoch)
-    first, last, lowest = pieces[0], pieces[-1], pieces.min()
-    quarter = max(1, len(pieces) // 4)
-    tail = pieces[-quarter:].mean()
-    if len(pieces) < 2:
+    if losses.size < 2:
         return Verdict(Outcome.STILL_IMPROVING, f"Too short to judge: {losses.size} step(s). Train for more steps.")
-    scale = max(abs(first), np.finfo(np.float64).tiny)
-    if last > first + 0.05 * scale or (lowest > 0 and tail > 2.5 * lowest and tail > 0.1 * first):
+    course = _course(losses, steps_per_epoch)
+    start, before, tail = course.start, course.before, course.tail
+    if course.is_unstable:
         return Verdict(
             Outcome.UNSTABLE,
-            f"Unstable: the loss was {lowest:.4g} at its lowest and {tail:.4g} over the last part of training{rate}. "
-            f"Try {lower}, or a schedule that lowers it.",
+            f"Unstable: the loss was {start:.4g} at first, {course.lowest:.4g} at its lowest and {tail:.4g} over the last "
+            f"part of training{rate}. Try {lower}, or a schedule that lowers it.",
         )
-    gained = first - lowest
-    before = pieces[-2 * quarter : -quarter].mean() if len(pieces) >= 2 * quarter + 1 else first
-    recent = before - tail
-    if gained < 0.1 * scale and recent > 0.05 * gained and gained > 0:
+    if course.is_slow:
+        moved = (
+            f"lowered the loss by only {(start - tail) / abs(start):.1%}" if tail < start else "did not lower the loss"
+        )
         return Verdict(
-            Outcome.TOO_SLOW,
-            f"Too slow: training lowered the loss by only {gained / scale:.1%}, from {first:.4g} to {last:.4g}{rate}. "
-            f"Try {higher}.",
+            Outcome.TOO_SLOW, f"Too slow: training {moved}, from {start:.4g} to {tail:.4g}{rate}. Try {higher}."
         )
-    still = recent > 0.05 * abs(before) and recent > pieces[-quarter:].std() and before > 1e-3 * scale
-    if gained <= 0 or (recent < 0.02 * gained and not still):
+    if course.is_falling:
+        return Verdict(
+            Outcome.STILL_IMPROVING,
+            f"Still improving: the loss fell from {before:.4g} to {tail:.4g} in the last quarter of training. "
+            f"Train for more steps, or try {higher}.",
+        )
+    if course.is_tiny:
         return Verdict(
             Outcome.CONVERGED,
-            f"Converged: the loss went from {first:.4g} to {last:.4g} and hardly moved in the last quarter of training. "
-            "More steps will not help; another loss, model or optimizer might.",
+            f"Converged: the loss went from {start:.4g} to {tail:.4g}, less than a thousandth of that. "
+            "More steps would gain little.",
         )
     return Verdict(
-        Outcome.STILL_IMPROVING,
-        f"Still improving: the loss fell from {before:.4g} to {tail:.4g} in the last quarter of training. "
-        f"Train for more steps, or try {higher}.",
+        Outcome.CONVERGED,
+        f"Converged: the loss went from {start:.4g} to {tail:.4g} and hardly moved in the last quarter of training. "
+        "More steps will not help; another loss, model or optimizer might.",
+    )
+
+
+@dataclass(frozen=True)
+class _Course:
+    """How the losses went.
+
+    Attributes:
+        start: the first losses.
+        lowest, highest: of the pieces.
+        before, tail: the mean of the last quarter but one, and of the last.
+        noise: of a single loss.
+        doubt: of before − tail, two standard errors.
+    """
+
+    start: float
+    lowest: float
+    highest: float
+    before: float
+    tail: float
+    noise: float
+    doubt: float
+
+    @property
+    def is_unstable(self) -> bool:
+        size = abs(self.start)
+        blew_up = self.highest > self.start + max(3 * self.noise, 0.1 * size)
+        learnt = self.tail < self.start - 0.05 * size
+        far_above = self.tail > 2.5 * max(self.lowest, 0.02 * size) and self.lowest > 0
+        rising = self.tail - self.before > max(self.doubt, 0.1 * abs(self.before), 0.02 * size)
+        return (blew_up and not learnt) or far_above or rising
+
+    @property
+    def is_slow(self) -> bool:
+        fell = self.start - self.tail
+        return fell < 0.1 * abs(self.start) and (self.is_falling or fell < 2 * self.noise)
+
+    @property
+    def is_falling(self) -> bool:
+        recent = self.before - self.tail
+        worth = min(0.02 * abs(self.before), 0.05 * abs(self.start - self.tail))
+        return recent > max(self.doubt, worth) and not self.is_tiny
+
+    @property
+    def is_tiny(self) -> bool:
+        return abs(self.tail) < 1e-3 * abs(self.start)
+
+
+def _course(losses: NDArray[np.float64], steps_per_epoch: int) -> _Course:
+    pieces = _pieces(losses, steps_per_epoch)
+    quarter = max(1, len(pieces) // 4)
+    recent = pieces[-2 * quarter :]
+    # The spread of successive differences is free of the trend; the median of them also of single spikes.
+    single = np.abs(np.diff(losses[-max(2, losses.size // 4) :]))
+    return _Course(
+        start=float(losses[0]),
+        lowest=float(pieces.min()),
+        highest=float(pieces.max()),
+        before=float(recent[:-quarter].mean()),
+        tail=float(recent[-quarter:].mean()),
+        noise=float(1.4826 * np.median(single) / np.sqrt(2)),
+        doubt=float(2 * np.diff(recent).std() / np.sqrt(2) * np.sqrt(2 / quarter)),
     )
 
 
