@@ -1,6 +1,6 @@
 """How many trial-steps per second each way of training a population makes, side by side in one run.
 
-    python benchmarks/sweep_speed.py [--trials 256] [--steps 200] [--repeats 5] [--optimizer adam]
+    python benchmarks/sweep_speed.py [--trials 256] [--steps 1000] [--repeats 5] [--optimizer adam]
 
 The task is `digits` (MLP 64-64-10, batch 64). Every contender trains the same trials: the optimizers at as many learning
 rates as fit, over ten seeds. The repeats are interleaved, so that a slow minute of the machine hits all alike, and
@@ -167,7 +167,7 @@ def stable(plan: TrialPlan) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=256, help="trials of the vectorised engine")
-    parser.add_argument("--steps", type=int, default=200, help="steps of every trial")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of every trial")
     parser.add_argument("--repeats", type=int, default=5, help="repeats, of which the median counts")
     parser.add_argument(
         "--optimizer", choices=[*CATALOGUE, "mixed"], default="mixed", help="mixed: the sweep's default optimizers"
@@ -188,7 +188,7 @@ def main() -> None:
     plans = sorted(search.trials(chosen, list(seeds)), key=lambda plan: plan.seed)[: options.trials]
     plans = [TrialPlan(i, plan.configuration, plan.seed) for i, plan in enumerate(plans)]
     nothing = lambda: torch.set_num_threads(1)  # noqa: E731
-    few = min(16, options.trials)
+    few = min(8, options.trials)
     contenders = [
         Contender("plain loop", 1, plain_loop, nothing, few // 2),
         Contender(f"plain loop, {cores} processes", cores, plain_loop, nothing, few),

@@ -73,6 +73,7 @@ def fit(
     from fallline.optim.catalogue import parse
     from fallline.training.fit import EpochReport
 
+    _require_directory(resume, out)
     arguments = {} if lr is None else {"lr": options.one_learning_rate(lr)}
     made = parse(optimizer, **arguments)
     chosen = fl.tasks.resolve(task)
@@ -137,7 +138,7 @@ def sweep(
 ) -> None:
     """Train every optimizer at every learning rate with every seed, at once, and rank them."""
     import fallline as fl
-    from fallline.errors import InvalidSweep, RunDirectoryError
+    from fallline.errors import InvalidSweep
 
     made = options.optimizers(optimizer or [], lr)
     count: int | str = workers
@@ -145,8 +146,7 @@ def sweep(
         if not workers.isdigit():
             raise InvalidSweep(f"--workers {workers!r} is neither auto nor a whole number.")
         count = int(workers)
-    if resume and out is None:
-        raise RunDirectoryError("--resume needs the directory of the run: give --out DIR.")
+    _require_directory(resume, out)
     chosen = fl.tasks.resolve(task)
     folder = options.run_directory(out, chosen)
     go_on = f"what was done is kept in {folder}. Go on with: {_command(resume=resume, out=None if out else folder)}"
@@ -217,6 +217,13 @@ def _list(rows: list[tuple[str, str]]) -> None:
     for name, text in rows:
         table.add_row(name, text.replace("[", "\\["))
     Console(highlight=False).print(table)
+
+
+def _require_directory(resume: bool, out: Path | None) -> None:
+    from fallline.errors import RunDirectoryError
+
+    if resume and out is None:
+        raise RunDirectoryError("--resume needs the directory of the run: give --out DIR.")
 
 
 def _show(result: Result) -> None:

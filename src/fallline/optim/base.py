@@ -84,7 +84,7 @@ def per_tensor(
     counts: bool = False,
     elementwise: bool = False,
 ) -> Transform:
-    """A transform from a rule for one tensor: `rule(update, slots, parameter, numbers) -> (update, slots that changed)`.
+    """A transform from a rule for one tensor: `rule(update, slots, parameter, numbers) -> (update, changed slots)`.
 
     Args:
         slots: names of state tensors shaped like the parameter that start at zero.
@@ -352,7 +352,8 @@ class Optimizer:
         if steps is None or not steps > 0:
             name, schedule = next(iter(self._schedules.items()))
             raise InvalidHyperparameter(
-                f"{name} follows a {schedule.kind} schedule, which needs the number of steps, not {steps!r}: give steps=…."
+                f"{name} follows a {schedule.kind} schedule, which needs the number of steps, not {steps!r}: "
+                "give steps=…."
             )
         return steps
 
@@ -368,7 +369,7 @@ class Optimizer:
 def chain(*transforms: Transform | Optimizer) -> Optimizer:
     """Transforms applied one after the other, as one optimizer.
 
-    Two transforms with a hyperparameter or a state tensor of the same name keep them apart: the second `eps` is `eps_2`.
+    Two transforms with a hyperparameter or a state tensor of one name keep them apart: the second `eps` is `eps_2`.
 
     >>> from fallline.optim import clip_by_global_norm, scale_by_adam, scale_by_learning_rate
     >>> chain(clip_by_global_norm(1.0), scale_by_adam(), scale_by_learning_rate(1e-3)).numbers["max_norm"]

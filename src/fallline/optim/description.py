@@ -3,8 +3,8 @@
 Optimizers, transforms and schedules are made by functions marked `@described`. What they return knows the function
 and the arguments it was called with, so that it can be printed as code, written to JSON, and made again with a
 search dimension replaced by a number. They are equal when their calls are, and travel to other processes as their
-call: the function by reference, and the arguments. Such a function only ever sees concrete arguments: when a dimension is among
-them, it is called once for each of the dimension's examples, which validates them all, and the last result is
+call: the function by reference, and the arguments. Such a function only ever sees concrete arguments: when a dimension
+is among them, it is called once for each of the dimension's examples, which validates them all, and the last result is
 returned as a template that knows its `call`.
 """
 
@@ -119,8 +119,8 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
     ... def sign_descent(lr: float = 0.01) -> fl.optim.Optimizer:
     ...     sign = fl.optim.per_tensor("sign", lambda g, slots, p, n: (g.sign(), {}), {})
     ...     return fl.optim.chain(sign, fl.optim.scale_by_learning_rate(lr))
-    >>> sign_descent(lr=fl.log_grid(0.01, 1.0, 3))
-    sign_descent(lr=fl.grid([0.01, 0.1, 1.0]))
+    >>> sign_descent(lr=fl.log_grid(0.01, 1.0, 3)).dimensions
+    {'lr': fl.grid([0.01, 0.1, 1.0])}
     """
     signature = inspect.signature(function)
     keywords = [

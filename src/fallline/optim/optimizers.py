@@ -1,4 +1,4 @@
-"""The named optimizers: each a sentence in the words of `transforms`, with torch.optim's argument names and defaults."""
+"""The named optimizers: each a sentence in the words of `transforms`, with torch.optim's argument names, defaults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def sgd(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Stochastic gradient descent with momentum: p ← p − lr · b, b = momentum · b + (1 − dampening)(g + weight_decay · p).
+    """Stochastic gradient descent with momentum: p ← p − lr · b, where b is a running sum of gradients.
+
+    b = momentum · b + (1 − dampening)(g + weight_decay · p).
 
     Args:
         lr: learning rate, at least 0.

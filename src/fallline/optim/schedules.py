@@ -108,8 +108,8 @@ def cosine(value: Swept, end: Swept = 0.0) -> Schedule:
 def linear_warmup(value: Swept | Schedule, fraction: Swept = 0.05, start: Swept = 0.0) -> Schedule:
     """A straight line from `start` times the value up to the value, then the value (or its own schedule).
 
-    For p < fraction: v(p) = (start + (1 − start) p / fraction) · w(0); afterwards v(p) = w((p − fraction)/(1 − fraction)),
-    where w is `value` as a schedule. The same as torch's `SequentialLR` of `LinearLR` and what follows.
+    For p < fraction: v(p) = (start + (1 − start) p / fraction) · w(0); afterwards v(p) = w((p − fraction)/(1 −
+    fraction)), where w is `value` as a schedule. The same as torch's `SequentialLR` of `LinearLR` and what follows.
 
     Args:
         value: a number, or the schedule that follows the warm-up.

@@ -1,8 +1,8 @@
 """An optimizer of fallline as a `torch.optim.Optimizer`: the same rule, on the parameters of a model.
 
 Groups hold the optimizer's arguments under torch's names (`lr`, `betas`, …), those of a chain under the names of its
-`hyperparameters`; they are read anew at every step, so torch's schedulers work on them. Where a hyperparameter follows a
-schedule of its own, the group shows its present value. State is kept per parameter, under torch's names, so that a
+`hyperparameters`; they are read anew at every step, so torch's schedulers work on them. Where a hyperparameter follows
+a schedule of its own, the group shows its present value. State is kept per parameter, under torch's names, so that a
 `state_dict` of `torch.optim.Adam` can be loaded. `p.grad` is never written.
 """
 
@@ -31,18 +31,22 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.steps = steps
         self.arguments = _arguments(rule)
         self.schedules: list[dict[str, Any]] = []  # per group, the arguments that follow a schedule
-        self._latest: tuple[dict[str, Any], Optimizer] = (self.arguments, rule)
+        self._rules: dict[int, tuple[dict[str, Any], Optimizer]] = {}  # per group, the latest arguments and their rule
         super().__init__(params, dict(self.arguments))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a key that is not an argument of the optimizer is an error that names the nearest one."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group = {param_group!r} is not a dict: give one with the key 'params'.")
         for key in param_group.keys() - _TORCH_KEYS - self.arguments.keys():
             hint = nearest(key, self.arguments) if self.arguments else "It has none."
             raise UnknownArgument(f"a parameter group of {self.rule.name} has no {key!r}. {hint}")
         # A group that joins late is as far in training as the others.
         done = max((group["updates_done"] for group in self.param_groups), default=0)
         given = {name: plain(param_group.get(name, value)) for name, value in self.arguments.items()}
-        self._rule_with(given)  # an argument outside its domain is refused here, not at the first step
+        self._rule_with(
+            len(self.param_groups), given
+        )  # an argument outside its domain is refused here, not at the first step
         schedules = {name: value for name, value in given.items() if _follows_schedule(value)}
         present = {name: self._present(name, value, done) for name, value in schedules.items()}
         super().add_param_group({"updates_done": done, **param_group, **present})
@@ -55,11 +59,12 @@ class TorchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, schedules in zip(self.param_groups, self.schedules, strict=True):
+        for index, (group, schedules) in enumerate(zip(self.param_groups, self.schedules, strict=True)):
             self._refuse_second_schedule(group, schedules)
             params = {str(i): p for i, p in enumerate(group["params"]) if p.grad is not None}
             if params:
-                self._update(self._rule_with({name: plain(group[name]) for name in self.arguments}), params)
+                rule = self._rule_with(index, {name: plain(group[name]) for name in self.arguments})
+                self._update(rule, params)
             group["updates_done"] += 1
             for name, schedule in schedules.items():
                 group[name] = self._present(name, schedule, group["updates_done"])
@@ -86,18 +91,21 @@ class TorchOptimizer(torch.optim.Optimizer):
                 self.state[p] = state["slots"][name]
 
     def _slots(self, rule: Optimizer, p: Tensor) -> Slots:
-        """The state of a parameter; what a group's change of arguments needs in addition starts as at the first step."""
+        """The state of a parameter; what a change of the group's arguments adds to it starts as at the first step."""
         kept: Slots = self.state.get(p, {})
         return kept if rule.slot_names <= kept.keys() else {**rule.init({"": p})["slots"][""], **kept}
 
-    def _rule_with(self, arguments: dict[str, Any]) -> Optimizer:
-        """The optimizer with these arguments; the latest one is kept, because they seldom change."""
-        if arguments != self._latest[0]:
+    def _rule_with(self, index: int, arguments: dict[str, Any]) -> Optimizer:
+        """The optimizer with these arguments; each group's latest one is kept, because they seldom change."""
+        latest, rule = self._rules.get(index, ({}, self.rule))
+        if arguments != latest or index not in self._rules:
             call = self.rule.call
-            made = self.rule.with_numbers(arguments) if _is_chain(self.rule) else call and call.function(**arguments)
-            assert isinstance(made, Optimizer)
-            self._latest = (arguments, made)
-        return self._latest[1]
+            if call is None or _is_chain(self.rule):
+                rule = self.rule.with_numbers(arguments)
+            else:
+                rule = call.function(**arguments)
+            self._rules[index] = (arguments, rule)
+        return rule
 
     def _present(self, name: str, value: Any, done: int) -> Any:
         """A schedule's value after so many updates."""
@@ -122,7 +130,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "steps", "arguments", "schedules", "_latest")
+        own = ("rule", "steps", "arguments", "schedules", "_rules")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,7 +153,7 @@ def _arguments(rule: Optimizer) -> dict[str, Any]:
 
 
 def _follows_schedule(value: Any) -> bool:
-    return isinstance(value, Schedule) or isinstance(value, tuple) and any(_follows_schedule(item) for item in value)
+    return isinstance(value, Schedule) or (isinstance(value, tuple) and any(_follows_schedule(item) for item in value))
 
 
 def _gradient(p: Tensor) -> Tensor:

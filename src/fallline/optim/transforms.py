@@ -158,9 +158,9 @@ def scale_by_lion(betas: tuple[Number, Number] = (0.9, 0.99)) -> Transform:
 
 @described
 def clip_by_global_norm(max_norm: Number) -> Transform:
-    """Shortens the whole gradient to at most `max_norm`: u = g · min(1, max_norm / (‖g‖ + 10⁻⁶)), ‖·‖ over all parameters.
+    """Shortens the whole gradient to at most `max_norm`: u = g · min(1, max_norm / (‖g‖ + 10⁻⁶)).
 
-    The same as `torch.nn.utils.clip_grad_norm_`, the 10⁻⁶ included.
+    ‖·‖ is the Euclidean norm over all parameters together. The same as `torch.nn.utils.clip_grad_norm_`, the 10⁻⁶ included.
 
     Source: Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
     """
@@ -179,10 +179,10 @@ def clip_by_global_norm(max_norm: Number) -> Transform:
 
 
 def mean_of_squares(mean: Tensor, g: Tensor, keep: Tensor, enter: Tensor) -> Tensor:
-    """keep · mean + enter · g², in torch.optim's order: with `lerp` a mean that overflowed would become NaN, not stay ∞."""
+    """keep · mean + enter · g² as torch.optim has it: with `lerp` a mean that overflowed would turn from ∞ to NaN."""
     return torch.addcmul(mean * keep, g * enter, g)
 
 
 def square_root(x: Tensor) -> Tensor:
-    """√x as 1/(1/√x): torch's CPU `sqrt` is five times slower where x holds zeros, as second moments of unused inputs do."""
+    """√x as 1/(1/√x): torch's CPU `sqrt` is slower where x holds zeros, as second moments of unused inputs do."""
     return x.rsqrt().reciprocal()

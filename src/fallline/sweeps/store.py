@@ -151,8 +151,9 @@ def _require_free(path: Path) -> None:
             raise RunDirectoryError(f"{path} holds another run: resume it, or give another directory.")
         if any(path.iterdir()):
             raise RunDirectoryError(f"{path} holds other files and no run: give another directory.")
-    elif path.exists():
-        raise RunDirectoryError(f"{path} is a file: give a directory.")
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise RunDirectoryError(f"{place} is a file: give a directory.")
 
 
 def history_of(recorded: pl.DataFrame, trials: int, steps: int, evaluate_every: int, dtype: Any) -> History:

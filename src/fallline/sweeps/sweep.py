@@ -256,7 +256,7 @@ def _share_done(job: Job, block: Block) -> float:
 
 
 def _still_to_do(job: Job, directory: RunDirectory, planned: list[Pack]) -> tuple[list[Pack], float]:
-    """The packs that have not ended, and how many trials' worth is done; a checkpoint ahead of the history is deleted."""
+    """The packs that have not ended, and how many trials' worth is done. A checkpoint ahead of the history goes."""
     table = (
         directory.recorded()
         .sort("start")

@@ -225,8 +225,9 @@ def _folder(out: str | Path | None, identity: dict[str, Any], resume: bool, reco
     if found is None:
         if resume:
             raise RunDirectoryError(f"there is nothing to resume at {out}: it holds no checkpoint. Leave resume out.")
-        if place.exists() and not place.is_dir():
-            raise RunDirectoryError(f"{out} is a file: give a directory.")
+        for each in (place, *place.parents):
+            if each.exists() and not each.is_dir():
+                raise RunDirectoryError(f"{each} is a file: give a directory.")
         if place.is_dir() and any(place.iterdir()):
             raise RunDirectoryError(f"{out} holds other files and no checkpoint: give another directory.")
         was_there = place.exists()

@@ -48,8 +48,8 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
     the first step, L the mean of the last quarter and L₋ that of the quarter before it:
 
     - *diverged*: a loss is not finite;
-    - *unstable*: the loss rose above L₀ and did not come well below it again, or L is far above the lowest piece, or the
-      loss rises in the last quarter;
+    - *unstable*: the loss rose above L₀ and did not come well below it again, or L is far above the lowest piece, or
+      the loss rises in the last quarter;
     - *too slow*: L is less than 10 % below L₀ and still falling, or not below it by more than the noise;
     - *still improving*: L₋ − L is above its noise, and above 2 % of L₋ or 5 % of all that training gained;
     - *converged*: the rest, and a loss below a thousandth of L₀.
@@ -84,13 +84,12 @@ def verdict(train_loss: NDArray[np.floating], steps_per_epoch: int = 1, lr: floa
     if course.is_unstable:
         return Verdict(
             Outcome.UNSTABLE,
-            f"Unstable: the loss was {start:.4g} at first, {course.lowest:.4g} at its lowest and {tail:.4g} over the last "
-            f"part of training{rate}. Try {lower}, or a schedule that lowers it.",
+            f"Unstable: the loss was {start:.4g} at first, {course.lowest:.4g} at its lowest and {tail:.4g} over the "
+            f"last part of training{rate}. Try {lower}, or a schedule that lowers it.",
         )
     if course.is_slow:
-        moved = (
-            f"lowered the loss by only {(start - tail) / abs(start):.1%}" if tail < start else "did not lower the loss"
-        )
+        fell = (start - tail) / abs(start)
+        moved = f"lowered the loss by only {fell:.1%}" if fell > 0 else "did not lower the loss"
         return Verdict(
             Outcome.TOO_SLOW, f"Too slow: training {moved}, from {start:.4g} to {tail:.4g}{rate}. Try {higher}."
         )
