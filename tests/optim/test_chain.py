@@ -53,9 +53,7 @@ def test_two_eps_and_two_steps_are_kept_apart():
 
 
 def test_two_momentum_buffers_are_kept_apart():
-    optimizer = fl.optim.chain(
-        fl.optim.trace(0.9, 0.5), fl.optim.trace(0.3, 0.2), fl.optim.scale_by_learning_rate(0.1)
-    )
+    optimizer = fl.optim.chain(fl.optim.trace(0.9, 0.5), fl.optim.trace(0.3, 0.2), fl.optim.scale_by_learning_rate(0.1))
     p, _ = run(optimizer, some_gradients())
     expected, first, second = torch.tensor([1.0, -2.0], dtype=F64), 0.0, 0.0
     for i, g in enumerate(some_gradients()):

@@ -1,15 +1,13 @@
 """Every named optimizer against torch.optim (lion against the paper's algorithm), update by update."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_loop import PAIRS, Lion
 from torch import Tensor, nn
 
 import fallline as fl
+from plain_loop import PAIRS, Lion
 
 STEPS = 50
 SHAPES = {"matrix": (3, 4), "vector": (5,), "scalar": (), "empty": (0, 2), "tensor": (2, 1, 3)}
@@ -39,21 +37,21 @@ def ours(optimizer, *, steps=STEPS, dtype=torch.float64) -> dict[str, Tensor]:
 def torchs(make, *, steps=STEPS, dtype=torch.float64) -> dict[str, Tensor]:
     params = {name: nn.Parameter(p) for name, p in start(dtype).items()}
     optimizer = make(list(params.values()))
-    smallest = []
+    sizes, moved = [], {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in params.items()}
     for step in range(steps):
         for name, p in params.items():
             p.grad = gradient(name, p.detach(), step)
-            smallest.extend(p.grad.abs().flatten().tolist())
+            sizes.extend(p.grad.abs().flatten().tolist())
         optimizer.step()
-    assert sum(g > 1e-3 for g in smallest) > 0.98 * len(smallest), "the problem is degenerate: its gradients vanish"
+        moved = {name: moved[name] | (p.detach() != start(dtype)[name]) for name, p in params.items()}
+    assert all(m.all() for m in moved.values()), "the problem is degenerate: a parameter never moved"
+    assert sum(size > 1e-3 for size in sizes) > 0.98 * len(sizes), "the problem is degenerate: its gradients vanish"
     return {name: p.detach() for name, p in params.items()}
 
 
 def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], *, rtol=1e-10, atol=1e-13) -> None:
-    before = start(mine["matrix"].dtype)
     for name, expected in theirs.items():
         assert mine[name].dtype == expected.dtype
-        assert (expected != before[name]).all(), f"{name} did not move everywhere"
         torch.testing.assert_close(mine[name], expected, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -256,14 +254,14 @@ def test_misuse_of_update_is_named():
     optimizer = fl.optim.sgd()
     params = {"w": torch.ones(2)}
     state = optimizer.init(params)
-    with pytest.raises(fl.errors.FalllineError, match="'v'.*no such parameter"):
+    with pytest.raises(fl.errors.FalllineError, match=r"'v'.*no such parameter"):
         optimizer.update({"v": torch.ones(2)}, state, params)
     with pytest.raises(fl.errors.FalllineError, match=r"'w' has shape \(1,\), the parameter \(2,\)"):
         optimizer.update({"w": torch.ones(1)}, state, params)
-    with pytest.raises(fl.errors.FalllineError, match="'v'.*in the state"):
+    with pytest.raises(fl.errors.FalllineError, match=r"'v'.*in the state"):
         optimizer.update({"v": torch.ones(2)}, state, {"v": torch.ones(2)})
     for dtype in (torch.complex64, torch.int64):
-        with pytest.raises(fl.errors.FalllineError, match="'w' is torch"):
+        with pytest.raises(fl.errors.FalllineError, match=r"'w' is torch"):
             optimizer.init({"w": torch.ones(2, dtype=dtype)})
 
 
@@ -275,8 +273,3 @@ def same(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return torch.equal(a, b)
-
-
-def test_the_gradients_of_this_file_are_not_degenerate():
-    sizes = [gradient(n, p, s).abs() for n, p in start().items() if p.numel() for s in range(STEPS)]
-    assert math.isclose(float(torch.cat([s.flatten() for s in sizes]).median()), 1.5, rel_tol=0.5)

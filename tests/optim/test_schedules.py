@@ -107,9 +107,9 @@ def test_after_the_last_step_a_schedule_stays_at_its_end():
 def test_a_schedule_needs_the_number_of_steps(steps):
     optimizer = fl.optim.sgd(lr=schedules.cosine(1.0))
     p = {"w": torch.zeros(1)}
-    with pytest.raises(fl.errors.InvalidHyperparameter, match="lr follows a cosine schedule.*give steps="):
+    with pytest.raises(fl.errors.InvalidHyperparameter, match=r"lr follows a cosine schedule.*give steps="):
         optimizer.update(p, optimizer.init(p), p, steps=steps)
-    with pytest.raises(fl.errors.InvalidHyperparameter, match="lr follows a cosine schedule.*steps="):
+    with pytest.raises(fl.errors.InvalidHyperparameter, match=r"lr follows a cosine schedule.*steps="):
         optimizer.as_torch([nn.Parameter(torch.zeros(1))], steps=steps)
 
 
@@ -127,9 +127,7 @@ def test_a_schedule_needs_the_number_of_steps(steps):
         (lambda: fl.optim.sgd(lr=schedules.cosine(0.1, end=-0.1)), "lr at 1 of training = -0.1 is negative"),
         # The peak lies between the quarters of training.
         (
-            lambda: fl.optim.adam(
-                betas=(schedules.linear_warmup(schedules.cosine(1.01, end=0.0), fraction=0.05), 0.9)
-            ),
+            lambda: fl.optim.adam(betas=(schedules.linear_warmup(schedules.cosine(1.01, end=0.0), fraction=0.05), 0.9)),
             "beta1 at 0.05 of training",
         ),
     ],

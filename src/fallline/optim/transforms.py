@@ -160,7 +160,7 @@ def scale_by_lion(betas: tuple[Number, Number] = (0.9, 0.99)) -> Transform:
 def clip_by_global_norm(max_norm: Number) -> Transform:
     """Shortens the whole gradient to at most `max_norm`: u = g · min(1, max_norm / (‖g‖ + 10⁻⁶)).
 
-    ‖·‖ is the Euclidean norm over all parameters together. The same as `torch.nn.utils.clip_grad_norm_`, the 10⁻⁶ included.
+    ‖·‖ is the Euclidean norm over all parameters. The same as `torch.nn.utils.clip_grad_norm_`, the 10⁻⁶ included.
 
     Source: Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
     """

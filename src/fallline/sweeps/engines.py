@@ -23,6 +23,12 @@ from fallline.tasks import Task
 from fallline.training.step import Program, gradients
 from fallline.training.trial import Trial
 
+# What torch.func's errors mean, by a part of their text.
+EXPLANATIONS = {
+    "randomness": "it draws random numbers, and each trial needs a stream of its own",
+    "data-dependent": "its course depends on the data (an `if` on a tensor)",
+    ".item()": "it takes a number out of a tensor (.item(), float() or int())",
+}
 ENGINES = ("auto", "vectorised", "sequential")
 
 
@@ -140,23 +146,24 @@ def why_not_vectorised(task: Task, device: torch.device) -> str | None:
         x, y = (data.index_select(0, index) for data in population.train)
         params = program.trainable()
         loss = task.loss(program.module(x), y)
-        alone = {**gradients(loss, params), "the loss": loss.detach()}
-        together = {**{name: g[row] for name, g in grads.items()}, "the loss": losses[row]}
-        constants = {name: tensor[row] for name, tensor in population.constants.items()}
-        for name, expected in {**alone, **program.constants()}.items():
-            if not _agree(together.get(name, constants.get(name)), expected):
-                what = _owner(program.module, name)
-                return f"{what} gives another result in a population than alone"
+        expected = gradients(loss, params)
+        # One scale for all gradients: one that is zero but for round-off (a bias before BatchNorm) agrees with any such.
+        scale = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
+        found = {name: g[row] for name, g in {**population.constants, **grads}.items()} | {"the loss": losses[row]}
+        for name, alone in {**expected, **program.constants(), "the loss": loss.detach()}.items():
+            if name not in found or not _agree(found[name], alone, scale if name in expected else None):
+                return f"{_owner(program.module, name)} gives another result in a population than alone"
     return None
 
 
-def _agree(value: Tensor | None, expected: Tensor) -> bool:
-    if value is None or value.shape != expected.shape:
+def _agree(value: Tensor, expected: Tensor, scale: float | None) -> bool:
+    if value.shape != expected.shape:
         return False
     if not expected.is_floating_point():
         return torch.equal(value, expected)
     tolerance = 1e-6 if expected.dtype == torch.float64 else 1e-2
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    if scale is None:
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
     return torch.allclose(value, expected, rtol=tolerance, atol=tolerance * scale + 1e-12, equal_nan=True)
 
 
@@ -170,9 +177,10 @@ def _culprit(error: Exception, task: Task) -> str:
     """The innermost module in the error's traceback, by type and name, and the error's first line."""
     with torch.random.fork_rng([]):
         names = {name: type(m).__name__ for name, m in task.build_model(0).named_modules()}
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "random" in message and "vmap" in message:
-        message = "it draws random numbers, and each trial needs a stream of its own"
+    message = next(iter(str(error).strip().removeprefix("vmap: ").splitlines()), "") or type(error).__name__
+    for sign, meaning in EXPLANATIONS.items():
+        if sign in message:
+            message = meaning
     who = "the loss or the metric"
     chain: list[tuple[str, nn.Module]] = []
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -9,9 +9,10 @@ so a trial does not depend on its neighbours.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,6 +32,22 @@ Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 WORTH_COMPACTING = 1 / 8
 # Samples per mapped forward pass when the population is evaluated.
 EVALUATION_CHUNK = 512
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _quietly(function: Callable[P, R]) -> Callable[P, R]:
+    """torch warns of operations that it maps one by one; they are slower than others, and right."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 @dataclass
@@ -77,6 +94,7 @@ class Population:
         alive: np.ndarray[Any, np.dtype[np.bool_]] = self._alive.squeeze(1).cpu().numpy()
         return alive
 
+    @_quietly
     def train_steps(self, count: int) -> Array:
         """Makes `count` steps; returns mini-batch losses [row, count], NaN from the step after the one that diverged."""
         losses = torch.empty(len(self.rows), count, dtype=torch.float64, device=self.device)
@@ -89,6 +107,7 @@ class Population:
         recorded[ended] = np.nan
         return recorded
 
+    @_quietly
     def evaluate(self) -> tuple[Array, Array]:
         """The metric and the loss [row] on the validation data, in evaluation mode."""
         x, y = self.validation
@@ -160,6 +179,7 @@ class Population:
                     slots[slot] = tensors[f"family/{number}/slots/{slot}/{name}"].to(self.device)
         self.step = step
 
+    @_quietly
     def losses_and_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Of every trial on its mini-batch of this step: losses [row] and gradients [row, *shape]."""
         x, y, dim = self._batch()
