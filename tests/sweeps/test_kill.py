@@ -50,14 +50,16 @@ def living(group: int) -> list[int]:
     return found
 
 
-def kill_and_resume(out: Path, delay: float, whole: fl.Result) -> int:
-    """Kills a sweep after so many seconds; returns how many losses it had recorded."""
+def kill_and_resume(out: Path, delay: float, whole: fl.Result, *, files: int = 0) -> int:
+    """Kills a sweep so many seconds after it has written so many files; returns how many losses it had recorded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = multiprocessing.get_context("fork").Process(target=sweep_in_its_own_group, args=(out,))
         child.start()
-    time.sleep(delay)
     assert child.pid is not None
+    while len(list((out / "history").glob("*.parquet"))) < files and child.is_alive():
+        time.sleep(0.002)
+    time.sleep(delay)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     deadline = time.monotonic() + 5
@@ -82,14 +84,19 @@ def kill_and_resume(out: Path, delay: float, whole: fl.Result) -> int:
     return recorded
 
 
-@pytest.mark.parametrize("delay", [0.02, 0.3, 0.6])
-def test_a_killed_sweep_is_read_and_goes_on(tmp_path: Path, whole: fl.Result, delay: float):
-    kill_and_resume(tmp_path / "run", delay, whole)
+def test_a_sweep_that_is_killed_early_leaves_nothing_or_a_run(tmp_path: Path, whole: fl.Result):
+    assert kill_and_resume(tmp_path / "run", 0.02, whole) == 0
+
+
+@pytest.mark.parametrize("files", [1, 12])
+def test_a_killed_sweep_is_read_and_goes_on(tmp_path: Path, whole: fl.Result, files: int):
+    recorded = kill_and_resume(tmp_path / "run", 0.0, whole, files=files)
+    assert 0 < recorded < np.isfinite(whole.history.train_loss).sum()
 
 
 @pytest.mark.slow
 def test_a_sweep_can_be_killed_at_any_moment(tmp_path: Path, whole: fl.Result):
     draw = random.Random(0)
-    recorded = [kill_and_resume(tmp_path / str(i), draw.uniform(0.2, 1.5), whole) for i in range(12)]
-    print(recorded, np.isfinite(whole.history.train_loss).sum())
-    assert any(0 < count < np.isfinite(whole.history.train_loss).sum() for count in recorded)
+    for number in range(12):
+        kill_and_resume(tmp_path / f"early {number}", draw.uniform(0, 2), whole)
+        kill_and_resume(tmp_path / f"late {number}", draw.uniform(0, 0.1), whole, files=draw.randint(1, 60))

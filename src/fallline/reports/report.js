@@ -19,6 +19,8 @@
       });
       if (views.has(place)) views.get(place).finalize();
       views.set(place, drawn);
+      // Only now is the width known, by which the legend breaks into rows: lay the chart out once more.
+      await drawn.view.resize().runAsync();
     } catch (error) {
       place.textContent = `This chart could not be drawn: ${error.message}`;
     }

@@ -66,7 +66,8 @@ class Series:
         labels = [entry.label for entry in entries]
         self.legend = legend
         self.chosen = alt.selection_point(name="chosen", fields=["optimizer"], bind="legend")
-        columns = alt.ExprRef("max(1, floor(width / 210))")
+        longest = max((len(label) for label in labels), default=0)
+        columns = alt.ExprRef(f"max(1, floor(width / {7 * longest + 40}))")  # 7 pixels a letter, and the symbol
         box = alt.Legend(orient="top", title=None, columns=columns, symbolOpacity=1) if legend else None
         self.color = alt.Color("optimizer:N", scale=alt.Scale(domain=labels), legend=box)
         self.shape = alt.Shape("optimizer:N", scale=alt.Scale(domain=labels), legend=box)
@@ -99,7 +100,8 @@ class Series:
             **specification,
             "datasets": data,
             "description": description,
-            "autosize": {"type": "fit-x", "contains": "padding"},
+            # resize: a legend that wraps takes its second row from the page, not from its first.
+            "autosize": {"type": "fit-x", "contains": "padding", "resize": True},
         }
 
 

@@ -144,7 +144,7 @@ class _Course:
     @property
     def is_slow(self) -> bool:
         fell = self.start - self.tail
-        return fell < 0.1 * abs(self.start) and (self.is_falling or fell < 2 * self.noise)
+        return fell < 0.1 * abs(self.start) and (self.is_falling or fell < 3 * self.noise)
 
     @property
     def is_falling(self) -> bool:
