@@ -319,6 +319,8 @@ def test_its_own_schedule_goes_on_while_a_group_is_frozen():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5])
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert optimizer.param_groups[2]["lr"] == pytest.approx(0.5)
+    optimizer.step()
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
 
 def test_two_schedules_for_one_number_are_refused():
@@ -336,6 +338,17 @@ def test_an_option_turned_on_in_a_group_starts_its_state():
         optimizer.param_groups[0].update(momentum=0.9, dampening=0.5)
         train(own, optimizer, 3)
     close(list(model.parameters()), list(reference.parameters()))
+
+
+def test_an_option_turned_on_later_keeps_the_state_that_there_is():
+    model, reference = make_model(), make_model()
+    mine = fl.optim.rmsprop(0.01).as_torch(model.parameters())
+    theirs = torch.optim.RMSprop(reference.parameters(), 0.01)
+    train(model, mine, 3)
+    train(reference, theirs, 3)
+    mine.param_groups[0]["momentum"] = 0.9  # its buffer starts empty, so that the next step is one without momentum
+    close(train(model, mine, 1), train(reference, theirs, 1))
+    assert (mine.state[model[0].weight]["momentum_buffer"] != 0).any()
 
 
 def test_it_prints_its_rule():

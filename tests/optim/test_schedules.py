@@ -43,6 +43,15 @@ def test_step_equals_step_lr(steps, size, factor):
     assert our_values(schedules.step(0.3, every=size / steps, factor=factor), steps) == pytest.approx(expected)
 
 
+def test_step_falls_exactly_at_the_multiples_of_its_size():
+    """k/steps divided by size/steps may round to just below a whole number; the fall must not come a step late."""
+    for steps in (37, 100, 131, 390):
+        for size in range(1, steps):
+            values = schedules.step(1.0, every=size / steps, factor=0.5)([k / steps for k in range(steps)])
+            expected = 0.5 ** torch.arange(steps, dtype=torch.float64).div(size, rounding_mode="floor")
+            assert torch.equal(values, expected), (steps, size)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(steps=st.integers(2, 60), end=st.floats(0.0, 0.2))
 def test_cosine_equals_cosine_annealing_lr(steps, end):

@@ -30,6 +30,8 @@ from fallline.training.step import Program, gradients
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
 WORTH_COMPACTING = 1 / 8
+# Rows that are updated together: what a rule computes on the way should stay in the cache until it is used.
+LARGEST_FAMILY = 32
 # Samples per mapped forward pass when the population is evaluated.
 EVALUATION_CHUNK = 512
 
@@ -326,7 +328,8 @@ class Population:
         while start < len(optimizers):
             structure = optimizers[start].structure
             stop = start + 1
-            while stop < len(optimizers) and optimizers[stop].structure == structure:
+            end = min(len(optimizers), start + LARGEST_FAMILY)
+            while stop < end and optimizers[stop].structure == structure:
                 stop += 1
             own = optimizers[start:stop]
             numbers = {

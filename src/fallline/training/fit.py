@@ -110,7 +110,7 @@ def fit(
 
     >>> import fallline as fl
     >>> run = fl.fit(fl.tasks.line(), fl.optim.sgd(lr=0.05), epochs=200)
-    >>> round(float(run.model.weight), 1), run.verdict.outcome.value
+    >>> round(run.model.weight.item(), 1), run.verdict.outcome.value
     (2.0, 'converged')
     """
     where = resolve_device(device)
