@@ -2,9 +2,9 @@
 
     python benchmarks/sweep_speed.py [--trials 256] [--steps 1000] [--repeats 5] [--optimizer adam]
 
-The task is `digits` (MLP 64-64-10, batch 64). Every contender trains the same trials: the optimizers at as many learning
-rates as fit, over ten seeds. The repeats are interleaved, so that a slow minute of the machine hits all alike, and
-medians are compared. A run in which two contenders end at different losses is an error.
+The task is `digits` (MLP 64-64-10, batch 64). Every contender trains of the same trials: the optimizers at as many
+learning rates as fit, over several seeds. The repeats are interleaved, so that a slow minute of the machine hits all
+alike, and medians are compared. A run in which two contenders end at different losses is an error.
 
 - plain loop: a hand-written PyTorch loop with torch.optim (fused where it exists), one thread, one process;
 - plain loop, N processes: the same, the trials shared out among one single-threaded process per core;
@@ -90,6 +90,8 @@ def torch_optimizer(optimizer: Optimizer, model: torch.nn.Module) -> torch.optim
 def engine(name: str) -> Callable[[Task, list[TrialPlan], int], Losses]:
     """One of fallline's engines on a share of the trials, cut into packs as a sweep would."""
 
+    programs: dict[Any, Callable[..., Any]] = {}
+
     def train(task: Task, plans: list[TrialPlan], steps: int) -> Losses:
         device = torch.device("cpu")
         numbers = int(str(task.describe()["parameters"]))
@@ -97,7 +99,7 @@ def engine(name: str) -> Callable[[Task, list[TrialPlan], int], Losses]:
         local = [TrialPlan(i, plan.configuration, plan.seed) for i, plan in enumerate(plans)]
         for pack in packs.make_packs(local, engine=name, device=device, numbers_per_trial=numbers, workers=1):
             own = [local[i] for i in pack.trials]
-            population = engines.start(name, task, own, steps=steps, device=device, traced=True)
+            population = engines.start(name, task, own, steps=steps, device=device, programs=programs)
             losses = population.train_steps(steps)
             for row, trial in enumerate(population.rows.tolist()):
                 found[plans[trial].index] = float(losses[row, -1])
@@ -145,8 +147,8 @@ class Team:
 def check_equal(found: dict[str, Losses], plans: list[TrialPlan]) -> float:
     """The largest relative difference between two contenders' last losses, over trials that are stable.
 
-    A trial whose own plain loop in float32 and float64 would part is chaotic: round-off grows there whatever computes it.
-    Such learning rates are the upper ones of each grid, which are left out of the comparison.
+    Where training is chaotic, round-off grows whatever computes it. That is so at the upper learning rates of each
+    grid, which are left out of the comparison.
     """
     names = list(found)
     worst = 0.0

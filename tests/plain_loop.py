@@ -1,4 +1,4 @@
-"""The ten-line PyTorch loop that fallline must repeat, and what it trains with. Nothing here uses fallline's training."""
+"""The ten-line PyTorch loop that fallline must repeat, and what it trains with. None of it is fallline's training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ def test_every_trial_of_a_mixed_sweep_equals_a_plain_loop(name, dtype, engine):
                 expected = plain.parameters[parameter]
                 assert_non_trivial(plain, parameter)
                 if dtype == torch.float64:
-                    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{pair}: {m}")
+                    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10, msg=f"{pair}: {parameter}")
 
 
 def assert_non_trivial(plain, parameter):

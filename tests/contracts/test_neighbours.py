@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from plain_loop import PAIRS
 from torch import nn
 
 import fallline as fl
@@ -11,6 +10,7 @@ from fallline.sweeps import engines, packs, search
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.traced import trace
 from fallline.sweeps.vectorised import Population
+from plain_loop import PAIRS
 
 CPU = torch.device("cpu")
 CLIPPED = fl.optim.chain(
@@ -111,13 +111,13 @@ def test_tracing_changes_nothing():
     task = classification(mlp)
     chosen = plans(task, [fl.optim.sgd(lr=fl.grid([0.1, 1e308])), fl.optim.adam(lr=0.01), CLIPPED], [0, 1])
     runs = []
-    for traced in (False, True):
-        population = Population(task, chosen, steps=30, device=CPU, traced=traced)
+    programs = {}
+    for kept in (None, programs):
+        population = Population(task, chosen, steps=30, device=CPU, programs=kept)
         losses = population.train_steps(30)
         runs.append((population, losses))
-    programs = runs[1][0]._programs.values()
     assert len(programs) == 2, "one for whole batches and one for the short last one"
-    assert all(isinstance(program, torch.fx.GraphModule) for program in programs)
+    assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
     np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-11)
     assert np.isnan(runs[0][1]).any()
     torch.testing.assert_close(runs[0][0]._flat, runs[1][0]._flat, rtol=1e-11, atol=1e-11)
@@ -223,7 +223,9 @@ def test_the_callers_random_numbers_are_left_alone():
 
 def test_a_population_goes_on_from_its_tensors_bit_for_bit():
     task = classification(lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double())
-    chosen = plans(task, [fl.optim.sgd(lr=fl.grid([0.1, 1e308]), momentum=0.9), fl.optim.adam(lr=0.01), CLIPPED], [0, 1])
+    chosen = plans(
+        task, [fl.optim.sgd(lr=fl.grid([0.1, 1e308]), momentum=0.9), fl.optim.adam(lr=0.01), CLIPPED], [0, 1]
+    )
     whole = Population(task, chosen, steps=40, device=CPU)
     whole.train_steps(15)
     whole.compact()

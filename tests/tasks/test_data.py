@@ -125,7 +125,7 @@ def test_data_are_cut_off_from_a_graph() -> None:
         (([[1.0], [1.0, 2.0]], Y), "train x of type list makes no tensor"),
         ((["a", "b"], [0, 1]), "train x of type list makes no tensor"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
 def test_bad_data_are_refused(source: object, words: str) -> None:
     with pytest.raises(InvalidTask, match=words):

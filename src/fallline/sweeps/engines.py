@@ -7,7 +7,7 @@ know which one is at work.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,16 +94,22 @@ class Alone:
 
 
 def start(
-    engine: str, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device, traced: bool = False
+    engine: str,
+    task: Task,
+    plans: Sequence[TrialPlan],
+    *,
+    steps: int,
+    device: torch.device,
+    programs: dict[Any, Callable[..., Any]] | None = None,
 ) -> Trained:
     """The trials of a pack at step 0, in the engine of that name.
 
     Args:
-        traced: whether the vectorised engine traces its step, which takes a second or two and then saves a third.
+        programs: where traced steps are kept, for the next pack of the same shape too; None does not trace.
     """
     if engine == "sequential":
         return Alone(task, plans, steps=steps, device=device)
-    return Population(task, plans, steps=steps, device=device, traced=traced)
+    return Population(task, plans, steps=steps, device=device, programs=programs)
 
 
 def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
@@ -147,7 +153,7 @@ def why_not_vectorised(task: Task, device: torch.device) -> str | None:
         params = program.trainable()
         loss = task.loss(program.module(x), y)
         expected = gradients(loss, params)
-        # One scale for all gradients: one that is zero but for round-off (a bias before BatchNorm) agrees with any such.
+        # One scale for all gradients: some are zero but for round-off, like that of a bias before BatchNorm.
         scale = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
         found = {name: g[row] for name, g in {**population.constants, **grads}.items()} | {"the loss": losses[row]}
         for name, alone in {**expected, **program.constants(), "the loss": loss.detach()}.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fallline.training import checkpoint
 
 # A pack checkpoints itself at the end of a block when so many seconds have passed.
 SECONDS_BETWEEN_CHECKPOINTS = 15.0
+# How long Ctrl-C may have to wait.
+SECONDS_PER_PIECE = 0.5
 # Trials in a pack: enough to fill the vector units, few enough that parameters and optimizer state stay in the cache.
 LARGEST_PACK = {"cpu": 128, "cuda": 4096}
 # Numbers that a pack may hold in parameters, gradients and optimizer state.
@@ -75,6 +77,7 @@ class Job:
         folder: the run directory.
         keep_parameters: "best" (of each configuration) or "all".
         traced: whether the vectorised engine traces its step.
+        programs: the traced steps by shape; a cache, which each worker fills for itself.
     """
 
     tasks: dict[str, Task]
@@ -86,6 +89,7 @@ class Job:
     folder: Path
     keep_parameters: str
     traced: bool = False
+    programs: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
 
 def make_packs(
@@ -111,26 +115,26 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
     """Trains a pack to the end, block by block, going on from its checkpoint if it has one.
 
     Args:
-        stop: asked after every block; True writes a checkpoint and ends.
+        stop: asked every moment; True writes a checkpoint, in the middle of a block too, and ends.
     """
     plans = [job.plans[i] for i in pack.trials]
     task = job.tasks[repr(plans[0].configuration.loss)]
-    population = engines.start(job.engine, task, plans, steps=job.steps, device=job.device, traced=job.traced)
+    population = engines.start(
+        job.engine, task, plans, steps=job.steps, device=job.device, programs=job.programs if job.traced else None
+    )
     place = job.folder / "packs" / f"{pack.index:05d}"
-    found = checkpoint.read(place)
-    if found is not None:
-        tensors, state = found
-        population.restore(tensors, state["step"])
+    block = _restored(population, place)
     written = time.monotonic()
     while population.step < job.steps and population.alive.any():
-        begin = population.step
-        end = min(job.steps, (begin // job.evaluate_every + 1) * job.evaluate_every)
-        under_way = population.alive
-        rows = population.rows[under_way]
-        losses = population.train_steps(end - begin)[under_way]
+        block = block or _BlockUnderWay(population.step, population.alive, [])
+        end = min(job.steps, (block.begin // job.evaluate_every + 1) * job.evaluate_every)
+        if not _train_until(end, population, block, stop):
+            checkpoint.write(place, {**population.tensors(), **block.tensors()}, block.state(population.step))
+            yield PackEnd(pack.index, complete=False)
+            return
         alive = population.alive
         if job.keep_parameters == "all":
-            for row in np.flatnonzero(under_way & ~alive).tolist():
+            for row in np.flatnonzero(block.under_way & ~alive).tolist():
                 _save_parameters(job, population, row)
         metric, validation_loss = population.evaluate() if alive.any() else (np.zeros(len(alive)),) * 2
         metric, validation_loss = (np.where(alive, each, np.nan) for each in (metric, validation_loss))
@@ -138,17 +142,61 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
         if ended:  # before the last block is sent: whoever has that can rely on the parameters
             for row in _rows_to_keep(job, population, metric):
                 _save_parameters(job, population, row)
-        yield Block(pack.index, rows, begin, losses, end, metric[under_way], validation_loss[under_way])
+        rows = block.under_way
+        losses = np.concatenate(block.losses, axis=1)[rows]
+        yield Block(pack.index, population.rows[rows], block.begin, losses, end, metric[rows], validation_loss[rows])
         population.compact()
-        if not ended:
-            asked = stop()
-            if asked or time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:
-                checkpoint.write(place, population.tensors(), {"step": population.step})
-                written = time.monotonic()
-            if asked:
-                yield PackEnd(pack.index, complete=False)
-                return
+        block = None
+        if not ended and time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:
+            checkpoint.write(place, population.tensors(), {"step": population.step, "begin": population.step})
+            written = time.monotonic()
     yield PackEnd(pack.index, complete=True)
+
+
+@dataclass(frozen=True)
+class _BlockUnderWay:
+    """A block that is not finished: where it began, who was alive then, and the losses [row, step] so far."""
+
+    begin: int
+    under_way: np.ndarray[Any, np.dtype[np.bool_]]
+    losses: list[Array]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        losses = np.concatenate(self.losses, axis=1) if self.losses else np.zeros((len(self.under_way), 0))
+        return {"block/under_way": torch.from_numpy(self.under_way), "block/losses": torch.from_numpy(losses)}
+
+    def state(self, step: int) -> dict[str, int]:
+        return {"step": step, "begin": self.begin}
+
+
+def _restored(population: engines.Trained, place: Path) -> _BlockUnderWay | None:
+    """Puts the population back to its checkpoint, if it has one; returns the block that was under way, if one was."""
+    found = checkpoint.read(place)
+    if found is None:
+        return None
+    tensors, state = found
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("block/")}
+    population.restore(own, state["step"])
+    if "block/losses" not in tensors:
+        return None
+    losses = [tensors["block/losses"].numpy()]
+    return _BlockUnderWay(state["begin"], tensors["block/under_way"].numpy(), losses)
+
+
+def _train_until(end: int, population: engines.Trained, block: _BlockUnderWay, stop: Callable[[], bool]) -> bool:
+    """Trains to the end of the block in pieces of about `SECONDS_PER_PIECE`; False if it was asked to stop before."""
+    piece = 4
+    left = end - block.begin - sum(losses.shape[1] for losses in block.losses)
+    while left and population.alive.any():
+        if stop():
+            return False
+        count = min(piece, left)
+        began = time.monotonic()
+        block.losses.append(population.train_steps(count))
+        left -= count
+        piece = max(1, min(2 * piece, int(count * SECONDS_PER_PIECE / max(time.monotonic() - began, 1e-6))))
+    block.losses.append(np.full((len(block.under_way), left), np.nan))  # when all have diverged
+    return True
 
 
 def parameters_file(folder: Path, trial: int) -> Path:
@@ -173,6 +221,5 @@ def _rows_to_keep(job: Job, population: engines.Trained, metric: Array) -> list[
 
 def _save_parameters(job: Job, population: engines.Trained, row: int) -> None:
     path = parameters_file(job.folder, int(population.rows[row]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in population.parameters(row).items()}
     checkpoint.write_file(path, safetensors.torch.save(tensors))

@@ -287,7 +287,7 @@ def _still_to_do(job: Job, directory: RunDirectory, planned: list[Pack]) -> tupl
             continue
         place = job.folder / "packs" / f"{pack.index:05d}"
         found = checkpoint.read(place)
-        if found is not None and found[1]["step"] > reached_step:
+        if found is not None and found[1]["begin"] > reached_step:
             checkpoint.remove(place)
             found = None
         done += len(pack.trials) * (found[1]["step"] / job.steps if found is not None else 0.0)

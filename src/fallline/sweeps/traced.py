@@ -1,7 +1,7 @@
 """The population step as a plain list of tensor operations.
 
-Mapping, differentiating and running a rule cost Python and dispatcher time at every step, as much as the arithmetic of a
-small population. Traced once, the step is a straight program of tensor operations that computes the very same numbers
+Mapping, differentiating and running a rule cost Python and dispatcher time at every step, as much as the arithmetic of
+a small population. Traced once, the step is a straight program of tensor operations that computes the same numbers
 without going through any of it. Tracing takes fake tensors (no data), so a model whose course depends on data cannot be
 traced, and is run as it is.
 """
@@ -70,8 +70,8 @@ def _leave_out_what_does_nothing(graph: fx.Graph) -> None:
 def _turn_matrix_products(graph: fx.Graph) -> None:
     """AB is computed as (BᵀAᵀ)ᵀ where only its transpose is used, and where it is narrow.
 
-    The gradient of a linear layer's weights comes out transposed, which costs a strided copy; and a batched product with
-    a short last side is three times slower than with a long one.
+    The gradient of a linear layer's weights comes out transposed, which costs a strided copy; and a batched product
+    with a short last side is three times slower than with a long one.
     """
     for node in list(graph.find_nodes(op="call_function", target=ATEN.bmm.default)):
         users = list(node.users)

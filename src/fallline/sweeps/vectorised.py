@@ -1,13 +1,14 @@
 """The vectorised engine: a population trained as one tensor program.
 
-The parameters of all trials are stacked: row t of a flat matrix [trial, parameters] holds trial t, and each parameter is
-a view [trial, *shape] of it. One mapped forward and backward pass serves all trials; then each family (trials whose
+The parameters of all trials are stacked: row t of a flat matrix [trial, parameters] holds trial t, and each parameter
+is a view [trial, *shape] of it. One mapped forward and backward pass serves all trials; then each family (trials whose
 optimizers differ only in numbers) is updated by one call of its rule, with one number per row. No operation mixes rows,
 so a trial does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,9 +32,13 @@ Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
 WORTH_COMPACTING = 1 / 8
 # Rows that are updated together: what a rule computes on the way should stay in the cache until it is used.
-LARGEST_FAMILY = 32
+LARGEST_FAMILY = 64
 # Samples per mapped forward pass when the population is evaluated.
 EVALUATION_CHUNK = 512
+
+
+def _UNTRACEABLE(*arguments: Any) -> None:  # noqa: N802
+    """Stands for a step that cannot be traced."""
 
 
 P = ParamSpec("P")
@@ -67,10 +72,16 @@ class Population:
     """Trials trained together. `rows` holds the number of each trial that is still in it."""
 
     def __init__(
-        self, task: Task, plans: Sequence[TrialPlan], *, steps: int, device: torch.device, traced: bool = False
+        self,
+        task: Task,
+        plans: Sequence[TrialPlan],
+        *,
+        steps: int,
+        device: torch.device,
+        programs: dict[Any, Callable[..., Any]] | None = None,
     ) -> None:
         self.task = task
-        self.traced = traced
+        self.programs = programs
         self.steps = steps
         self.device = device
         self.step = 0
@@ -98,7 +109,7 @@ class Population:
 
     @_quietly
     def train_steps(self, count: int) -> Array:
-        """Makes `count` steps; returns mini-batch losses [row, count], NaN from the step after the one that diverged."""
+        """Makes `count` steps; returns their mini-batch losses [row, count], NaN after the one that diverged."""
         losses = torch.empty(len(self.rows), count, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for position in range(count):
@@ -254,17 +265,17 @@ class Population:
     def _program(self, dim: int | None, *arguments: Any) -> Callable[..., Any]:
         """What computes a step for arguments of this shape: the traced program, or `_compute` as it is."""
         plain = functools.partial(self._compute, dim)
-        if not self.traced:
+        if self.programs is None:
             return plain
-        x = arguments[-2]
-        key = (len(self.rows), dim, tuple(x.shape))
-        if key not in self._programs:
-            try:
+        key = (*self._shape, dim, tuple(arguments[-2].shape))
+        if key not in self.programs:
+            self.programs[key] = _UNTRACEABLE
+            with contextlib.suppress(Exception):  # whatever keeps a model from being traced, it can be run
                 program = trace(plain, *arguments)
-                self._programs[key] = program if self._agrees(program, plain, arguments) else plain
-            except Exception:  # whatever keeps a model from being traced, it can be run
-                self._programs[key] = plain
-        return self._programs[key]
+                if self._agrees(program, plain, arguments):
+                    self.programs[key] = program
+        program = self.programs[key]
+        return plain if program is _UNTRACEABLE else program
 
     def _agrees(self, program: Callable[..., Any], plain: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
         """Whether the traced program computes what the step does."""
@@ -354,7 +365,8 @@ class Population:
         self.orders = {seed: self.orders[seed] for seed in dict.fromkeys(self.seeds)}
         position = {seed: i for i, seed in enumerate(self.orders)}
         self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        families = tuple((family.optimizer.structure, family.start, family.stop) for family in self.families)
+        self._shape = (repr(self.task.loss), self.steps, families)
 
 
 def _map(tree: Any, change: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from fallline.errors import InvalidTask, UnknownName, nearest
+from fallline.errors import FalllineError, InvalidTask, UnknownName, nearest
 from fallline.tasks import quadratic, signals, tabular, text
 from fallline.tasks.task import Task
 
@@ -65,6 +65,8 @@ def resolve(reference: str) -> Task:
     if not isinstance(found, Task) and callable(found):
         try:
             found = found()
+        except FalllineError:
+            raise
         except Exception as error:
             raise InvalidTask(f"{reference} was called to make a task and fails: {_told(error)}") from error
     if not isinstance(found, Task):

@@ -9,7 +9,7 @@ from torch import Tensor
 class BatchOrder:
     """The indices of successive mini-batches of one seed.
 
-    Epoch e takes the e-th permutation of `torch.randperm(n, generator=g)` with `g = torch.Generator().manual_seed(seed)`
+    Epoch e takes the e-th permutation of `torch.randperm(n, generator=g)`, `g = torch.Generator().manual_seed(seed)`,
     in slices of `batch_size`; the short last slice is kept unless `drop_last`. Without `shuffle` every epoch takes the
     samples as they stand.
 
