@@ -49,6 +49,10 @@ class DeviceUnavailable(FalllineError, RuntimeError):
     """A device that this machine does not have."""
 
 
+class TrainedSequentially(UserWarning):
+    """A sweep goes on one trial at a time, because its model cannot be vectorised; the message says why."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint "Did you mean …?" for a misspelt name, or a list of all the known names.
 

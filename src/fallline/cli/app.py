@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -151,15 +153,14 @@ def sweep(
     folder = options.run_directory(out, chosen)
     go_on = f"what was done is kept in {folder}. Go on with: {_command(resume=resume, out=None if out else folder)}"
     try:
-        result = fl.sweep(
-            chosen, made, loss or None, seeds=seeds, steps=steps, epochs=epochs, engine=engine, device=device,
-            workers=count, out=folder, resume=resume, task_code=options.task_code(task), command=_command(),
-        )  # fmt: skip
+        with _warnings_as_sentences():
+            result = fl.sweep(
+                chosen, made, loss or None, seeds=seeds, steps=steps, epochs=epochs, engine=engine, device=device,
+                workers=count, out=folder, resume=resume, task_code=options.task_code(task), command=_command(),
+            )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"Stopped at once: {go_on}" if folder.exists() else "Stopped before anything was trained.", err=True)
         raise typer.Exit(130) from None
-    if result.spec["engine"] == "sequential" and engine == "auto":
-        typer.echo(f"Trained one trial at a time: {result.spec['engine_reason']}.", err=True)
     _show(result)
     if not result.complete:
         typer.echo(f"Interrupted: {go_on}", err=True)
@@ -224,6 +225,27 @@ def _require_directory(resume: bool, out: Path | None) -> None:
 
     if resume and out is None:
         raise RunDirectoryError("--resume needs the directory of the run: give --out DIR.")
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """A warning of ours is a sentence on standard error, without the place in the code that warned."""
+    import warnings
+
+    from fallline.errors import TrainedSequentially
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrainedSequentially)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+            if category is TrainedSequentially:
+                typer.echo(f"fallline: {message}", err=True)
+            else:
+                others(message, category, *place, **named)
+
+        warnings.showwarning = cast(Any, show)
+        yield
 
 
 def _show(result: Result) -> None:

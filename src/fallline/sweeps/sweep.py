@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,7 +18,13 @@ import numpy as np
 import polars as pl
 import torch
 
-from fallline.errors import FalllineError, InvalidHyperparameter, InvalidSweep, RunDirectoryError
+from fallline.errors import (
+    FalllineError,
+    InvalidHyperparameter,
+    InvalidSweep,
+    RunDirectoryError,
+    TrainedSequentially,
+)
 from fallline.losses import Loss, as_loss
 from fallline.optim import Optimizer, rmsprop, sgd
 from fallline.optim.catalogue import learning_rate_grid
@@ -113,6 +120,9 @@ def sweep(
     Returns:
         The result. Ctrl-C ends the sweep and returns what there is; `resume=True` goes on from there.
 
+    Warns:
+        TrainedSequentially: with engine "auto", when the model cannot be vectorised; the message says why.
+
     Raises:
         InvalidTask, LossMismatch: when the task cannot be trained as it is.
         InvalidSweep, InvalidHyperparameter: for settings that make no sweep.
@@ -145,6 +155,8 @@ def sweep(
     first = next(iter(tasks.values()))
     choices = [engines.choose(engine, each, where) for each in tasks.values()]
     choice = next((c for c in choices if c.engine == "sequential"), choices[0])
+    if engine == "auto" and choice.engine == "sequential":
+        warnings.warn(f"training one trial at a time: {choice.reason}.", TrainedSequentially, stacklevel=2)
     parameters = int(str(first.describe()["parameters"]))
     work = float(len(plans)) * budget * parameters * task.batch_size
     processes = _workers(workers, where, len(plans), work)
