@@ -244,8 +244,9 @@ def test_an_interrupt_before_anything_was_trained_leaves_nothing(tmp_path: Path)
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    if process.returncode != -signal.SIGINT:  # else Python itself was still starting
+        assert process.returncode == 130
+        assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()
 
 

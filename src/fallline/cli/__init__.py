@@ -9,12 +9,13 @@ import sys
 
 def main() -> None:
     """Runs the command line; a mistake in what was asked is one sentence on standard error and exit code 2."""
-    from fallline.cli.app import app
     from fallline.errors import FalllineError
 
     code: object = 0
     try:
         try:
+            from fallline.cli.app import app  # inside: Ctrl-C may come while it is imported
+
             app()
         except SystemExit as leaving:
             code = leaving.code
