@@ -153,6 +153,27 @@ def test_diverged_trials_are_frozen_and_leave_the_population():
     assert np.isfinite(population.train_steps(3)).all()
 
 
+def test_who_stays_when_others_leave_goes_on_as_before():
+    task = classification(mlp)
+    every = plans(task, [fl.optim.sgd(lr=fl.grid([0.1, 1e308, 0.3]), momentum=0.9), fl.optim.adam(lr=0.01)], [0, 1])
+    chosen = [plan for plan in every if plan.index != 2]  # one diverging trial, so that rows shift against seeds
+    runs = []
+    for compacts in (False, True):
+        population = Population(task, chosen, steps=50, device=CPU)
+        population.train_steps(8)
+        stays = np.flatnonzero(population.alive)
+        if compacts:
+            population.compact()
+            assert len(population.rows) == 6
+        losses = population.train_steps(20)
+        runs.append(losses if compacts else losses[stays])
+        metric, _ = population.evaluate()
+        runs.append(metric if compacts else metric[stays])
+    np.testing.assert_allclose(runs[0], runs[2], rtol=1e-11)
+    np.testing.assert_allclose(runs[1], runs[3])
+    assert len(np.unique(runs[0][:, -1])) == 6
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
