@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,9 +32,6 @@ from fallline.errors import FalllineError, InvalidSweep, RunDirectoryError
 from fallline.sweeps.packs import Block, Job, Pack, PackEnd, train_pack
 
 Message = Block | PackEnd
-# Address space by which a worker's heap grows at a time; memory is taken as it is used.
-HEAP = 256 << 20
-HUGE_PAGE = 2 << 20
 # Below so many multiplications in all, starting processes takes longer than the training.
 WORTH_A_PROCESS = 5e8
 
@@ -117,20 +113,16 @@ def use_one_thread() -> None:
     """Settings of a process that trains packs: one thread, and an allocator that keeps what it has.
 
     glibc gives tensors of a megabyte back to the system as soon as they are freed, and every new one costs page faults:
-    half of the time of a small population's step. Backed by huge pages, the heap also misses the TLB less.
+    half of the time of a small population's step.
     """
     torch.set_num_threads(1)
-    with contextlib.suppress(OSError, AttributeError):  # not glibc on Linux: nothing to set
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to set
         libc = ctypes.CDLL(None)
         trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(top_pad, HEAP)
+        libc.mallopt(top_pad, 64 << 20)
         libc.mallopt(arena_max, 1)
-        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(16 << 20))))  # the heap grows by this and `top_pad`
-        start = (libc.sbrk(ctypes.c_ssize_t(0)) - HEAP) // HUGE_PAGE * HUGE_PAGE
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HEAP), mmap.MADV_HUGEPAGE)
 
 
 @contextlib.contextmanager
