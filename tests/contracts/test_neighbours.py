@@ -280,3 +280,22 @@ def test_a_trial_goes_on_from_its_tensors_bit_for_bit():
     again = engines.Alone(task, [plan], steps=40, device=CPU)
     again.restore(saved, 15)
     np.testing.assert_array_equal(again.train_steps(25), rest)
+
+
+def test_round_off_in_adaptive_updates_does_not_keep_a_step_from_being_traced():
+    task = fl.tasks.digits().check()
+    optimizers = [fl.optim.adam(lr=fl.log_grid(1e-5, 1e-1, 6)), fl.optim.lion(lr=1e-3), fl.optim.rmsprop(lr=1e-2)]
+    programs = {}
+    population = Population(task, plans(task, optimizers, range(4, 9)), steps=30, device=CPU, programs=programs)
+    population.train_steps(24)
+    assert len(programs) == 2
+    assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
+
+
+def test_a_traced_step_that_computes_something_else_is_not_used(monkeypatch):
+    task = classification(mlp)
+    wrong = lambda function, *examples: lambda *arguments: function(arguments[0] * 1.5, *arguments[1:])  # noqa: E731
+    monkeypatch.setattr("fallline.sweeps.vectorised.trace", wrong)
+    chosen = plans(task, [fl.optim.adam(lr=0.01)], [0, 1])
+    runs = [Population(task, chosen, steps=10, device=CPU, programs=kept).train_steps(10) for kept in (None, {})]
+    np.testing.assert_array_equal(*runs)

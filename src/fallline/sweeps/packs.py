@@ -23,7 +23,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 15.0
 # How long Ctrl-C may have to wait.
 SECONDS_PER_PIECE = 0.5
 # Trials in a pack: enough to fill the vector units, few enough that parameters and optimizer state stay in the cache.
-LARGEST_PACK = {"cpu": 128, "cuda": 4096}
+LARGEST_PACK = {"cpu": 64, "cuda": 4096}
 # Numbers that a pack may hold in parameters, gradients and optimizer state.
 LARGEST_STATE = {"cpu": 2**25, "cuda": 2**29}
 

@@ -283,8 +283,11 @@ class Population:
         with torch.no_grad():
             ours, updates, _ = program(flat, {name: tensor.clone() for name, tensor in constants.items()}, *rest)
             theirs, expected, _ = plain(flat, {name: tensor.clone() for name, tensor in constants.items()}, *rest)
-        pairs = zip([ours, *updates], [theirs, *expected], strict=True)
-        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs)
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6, equal_nan=True):
+            return False
+        # Row by row in the norm: where a gradient is all but zero, round-off decides the sign of an adaptive update.
+        pairs = [(a.nan_to_num(), b.nan_to_num()) for a, b in zip(updates, expected, strict=True)]
+        return all(bool(((a - b).norm(dim=1) <= 0.05 * b.norm(dim=1) + 1e-12).all()) for a, b in pairs)
 
     def _batch(self) -> tuple[Tensor, Tensor, int | None]:
         """Inputs and targets, with the dimension that holds the trial: None where all trials see the same batch."""
