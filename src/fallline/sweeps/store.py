@@ -82,6 +82,13 @@ class RunDirectory:
             reason = error.strerror or str(error)
             raise RunDirectoryError(f"the run directory {path} could not be made: {reason}.") from error
 
+    def tidy(self) -> None:
+        """Removes what a killed process was in the middle of writing."""
+        for folder in (self.path, self.path / HISTORY, self.path / "parameters"):
+            for left in folder.glob(".*"):
+                if left.is_file():
+                    left.unlink()
+
     def append(self, blocks: Iterable[Block]) -> None:
         """Writes what blocks recorded, as one new file."""
         tables = [_block_table(block) for block in blocks]

@@ -337,6 +337,7 @@ def _open(
                 f"{path} holds another run: {name} was {_short(there)} there and is {_short(here)} now. "
                 "Resume with the settings of that run, or give another directory."
             )
+    directory.tidy()
     return directory
 
 
