@@ -71,7 +71,7 @@ class Alone:
 
     @property
     def alive(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        return np.array([self.trial.alive] * len(self.rows), dtype=bool)
+        return np.array([self.trial.alive])
 
     def train_steps(self, count: int) -> Array:
         return self.trial.train_steps(count)[None]

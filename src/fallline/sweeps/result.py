@@ -183,6 +183,18 @@ def load(path: str | Path) -> Result:
     return Result(path)
 
 
+# What `with_results` adds to the plan of trials.
+RESULT_COLUMNS = (
+    "status",
+    "ended_at",
+    "final_train_loss",
+    "final_metric",
+    "best_metric",
+    "best_step",
+    "final_validation_loss",
+)
+
+
 def with_results(plan: pl.DataFrame, recorded: pl.DataFrame, history: History, higher_is_better: bool) -> pl.DataFrame:
     """The table of trials with how each ended.
 
@@ -190,7 +202,7 @@ def with_results(plan: pl.DataFrame, recorded: pl.DataFrame, history: History, h
     `best_metric`, `best_step`, `final_validation_loss`; null where there is none, as for a trial that diverged.
 
     Args:
-        plan: the table as it was before the first step.
+        plan: the table of trials; results of an earlier, interrupted run are replaced.
         recorded: the blocks, one row per trial and block.
         history: the same as arrays.
     """
@@ -209,7 +221,7 @@ def with_results(plan: pl.DataFrame, recorded: pl.DataFrame, history: History, h
     best = metric.argmax(axis=1) if higher_is_better else metric.argmin(axis=1)
     any_metric = np.isfinite(metric).any(axis=1)
     final_loss = history.train_loss[rows, np.maximum(made - 1, 0)].astype(np.float64)
-    return plan.with_columns(
+    return plan.select(pl.exclude(RESULT_COLUMNS)).with_columns(
         status=pl.Series(status),
         ended_at=pl.Series(made),
         final_train_loss=_where(ended_well, final_loss),

@@ -239,25 +239,13 @@ def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | N
     recorded = directory.recorded()
     history = history_of(recorded, len(job.plans), job.steps, job.evaluate_every, np.float64)
     higher = next(iter(job.tasks.values())).metric.higher_is_better
-    plan = directory.table(TRIALS).select(pl.exclude(_RESULT_COLUMNS))
-    trials = with_results(plan, recorded, history, higher)
+    trials = with_results(directory.table(TRIALS), recorded, history, higher)
     complete = bool((trials["status"] != "interrupted").all())
     seconds = seconds_before + time.monotonic() - began
     ended = int((trials["status"] != "interrupted").sum())
     directory.finish(trials, complete=complete, seconds=seconds, trials_per_second=ended / seconds)
     if complete and job.keep_parameters == "best":
         _keep_best_parameters(directory.path, trials, higher)
-
-
-_RESULT_COLUMNS = (
-    "status",
-    "ended_at",
-    "final_train_loss",
-    "final_metric",
-    "best_metric",
-    "best_step",
-    "final_validation_loss",
-)
 
 
 def _share_done(job: Job, block: Block) -> float:

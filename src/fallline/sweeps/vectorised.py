@@ -115,10 +115,7 @@ class Population:
             for position in range(count):
                 alive = self._alive.squeeze(1)
                 losses[:, position] = torch.where(alive, self._one_step(), torch.nan)
-        recorded = losses.cpu().numpy()
-        ended = np.cumsum(~np.isfinite(recorded), axis=1) > 1  # the first loss that is not finite is kept as it was
-        recorded[ended] = np.nan
-        return recorded
+        return losses.cpu().numpy()
 
     @_quietly
     def evaluate(self) -> tuple[Array, Array]:
