@@ -45,12 +45,27 @@ class RunDirectoryError(FalllineError, OSError):
     """A run directory that cannot be written or read, or that holds another run."""
 
 
+class Unsupported(FalllineError, RuntimeError):
+    """Something that an optimizer or a loss cannot do, such as training complex parameters."""
+
+
 class DeviceUnavailable(FalllineError, RuntimeError):
     """A device that this machine does not have."""
 
 
 class TrainedSequentially(UserWarning):
     """A sweep goes on one trial at a time, because its model cannot be vectorised; the message says why."""
+
+
+def unknown_argument(taker: str, name: str, known: Iterable[str]) -> UnknownArgument:
+    """The error for a keyword that `taker` does not take, with the nearest one that it does.
+
+    >>> unknown_argument("adam()", "beta", ["betas", "lr"])
+    UnknownArgument("adam() has no argument 'beta'. Did you mean 'betas'?")
+    """
+    choices = list(known)
+    hint = nearest(name, choices) if choices else "It takes none."
+    return UnknownArgument(f"{taker} has no argument {name!r}. {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

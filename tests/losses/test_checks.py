@@ -159,7 +159,7 @@ def test_arguments_outside_their_domain_are_refused(make: object, argument: dict
 
 @pytest.mark.parametrize("name", sorted(losses.registry))
 def test_a_misspelt_keyword_names_the_nearest(name: str) -> None:
-    with pytest.raises(UnknownArgument, match=rf"{name} takes no argument 'reductoin'\. Did you mean 'reduction'\?"):
+    with pytest.raises(UnknownArgument, match=rf"{name} has no argument 'reductoin'\. Did you mean 'reduction'\?"):
         losses.get(name)(reductoin="sum")
 
 

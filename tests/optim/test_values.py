@@ -111,7 +111,7 @@ def test_what_nothing_made_is_copied_but_not_written_down():
 
 
 def test_a_maker_that_is_gone_is_named():
-    data = {"make": "fallline.optim.optimizers:adammm", "extra": [], "arguments": {}}
+    data = {"make": "fallline.optim.adam_family:adammm", "extra": [], "arguments": {}}
     with pytest.raises(fl.errors.UnknownName, match=r"adammm.*cannot be found any more"):
         from_data(data)
 

@@ -142,7 +142,7 @@ def test_an_epoch_without_a_batch_is_refused() -> None:
 
 
 def test_a_misspelt_keyword_names_the_nearest() -> None:
-    with pytest.raises(UnknownArgument, match=r"Task takes no argument 'bach_size'\. Did you mean 'batch_size'"):
+    with pytest.raises(UnknownArgument, match=r"Task has no argument 'bach_size'\. Did you mean 'batch_size'"):
         task(bach_size=3)
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from fallline.errors import UnknownArgument, nearest
+from fallline.errors import unknown_argument
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ def knows_its_keywords(function: Callable[P, R], /) -> Callable[P, R]:
     >>> huber(dleta=2.0)
     Traceback (most recent call last):
     ...
-    fallline.errors.UnknownArgument: huber takes no argument 'dleta'. Did you mean 'delta'?
+    fallline.errors.UnknownArgument: huber has no argument 'dleta'. Did you mean 'delta'?
     """
     names = [name for name in inspect.signature(function).parameters if name != "self"]
     title = function.__qualname__.removesuffix(".__init__").rpartition(".<locals>.")[2].rpartition(".")[2]
@@ -37,8 +37,7 @@ def knows_its_keywords(function: Callable[P, R], /) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for keyword in kwargs:
             if keyword not in names:
-                hint = nearest(keyword, names) if names else "It takes none."
-                raise UnknownArgument(f"{title} takes no argument {keyword!r}. {hint}")
+                raise unknown_argument(title, keyword, names)
         return function(*args, **kwargs)
 
     return checked

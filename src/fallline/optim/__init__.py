@@ -4,22 +4,26 @@ Read `base` for what an optimizer is, `transforms` for the stages, `optimizers` 
 """
 
 from fallline.optim import schedules
-from fallline.optim.base import Optimizer, State, Transform, chain, per_tensor
+from fallline.optim.adam_family import adam, adamw, scale_by_adam
+from fallline.optim.base import Optimizer, State, chain
+from fallline.optim.combinators import cautious
 from fallline.optim.description import described
-from fallline.optim.optimizers import adam, adamw, lion, rmsprop, sgd
+from fallline.optim.gradient_descent import sgd
+from fallline.optim.landscape import Landscape
+from fallline.optim.mean_square import rmsprop, scale_by_rms
 from fallline.optim.schedules import Schedule
+from fallline.optim.signs import lion, scale_by_lion
+from fallline.optim.transform import Transform, per_tensor
 from fallline.optim.transforms import (
     add_decayed_weights,
     clip_by_global_norm,
     negate,
-    scale_by_adam,
     scale_by_learning_rate,
-    scale_by_lion,
-    scale_by_rms,
     trace,
 )
 
 __all__ = [
+    "Landscape",
     "Optimizer",
     "Schedule",
     "State",
@@ -27,6 +31,7 @@ __all__ = [
     "adam",
     "adamw",
     "add_decayed_weights",
+    "cautious",
     "chain",
     "clip_by_global_norm",
     "described",

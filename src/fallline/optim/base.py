@@ -1,145 +1,45 @@
 """What an optimizer is: a chain of transforms, a pure value, bound to no model.
 
-A transform takes gradients (or the updates of the transform before it) to updates. It is written once, out of place,
-for one parameter tensor (`per_tensor`) or for all of them together. Hyperparameters reach it as float64 tensors that
-broadcast against the parameter, so the same lines serve one model (0-dimensional numbers), and a population whose
-parameters are stacked (one number per trial). The torch optimizer that users take away, the vectorised engine and the
-sequential engine all run these rules; nothing else in fallline knows how an optimizer updates.
+A transform takes gradients (or the updates of the transform before it) to updates; read `transform` for what it is. The
+torch optimizer that users take away, the vectorised engine and the sequential engine all run these rules; nothing else
+in fallline knows how an optimizer updates.
 
 State is a plain dictionary: `{"step": updates done, "slots": {parameter name: {slot name: tensor}}}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fallline.errors import FalllineError, InvalidHyperparameter
-from fallline.optim.checks import real
+from fallline.errors import FalllineError, InvalidHyperparameter, Unsupported
 from fallline.optim.description import Call, described, leaves, remembers_its_call, search_dimensions, substitute
 from fallline.optim.dimensions import Dimension
+from fallline.optim.landscape import Landscape
 from fallline.optim.schedules import Schedule
+from fallline.optim.transform import (
+    Moment,
+    Number,
+    Numbers,
+    Params,
+    Seed,
+    Slots,
+    Stage,
+    Transform,
+    free_name,
+    named_apart,
+)
 
 if TYPE_CHECKING:
     from fallline.optim.torch_adapter import TorchOptimizer
 
-Number = float | Schedule | Dimension
-Params = Mapping[str, Tensor]
-Slots = dict[str, Tensor]
-Numbers = Mapping[str, Tensor]
 State = dict[str, Any]
-Rule = Callable[[Tensor, Slots, Tensor, Numbers], tuple[Tensor, Slots]]
-Apply = Callable[[dict[str, Tensor], dict[str, Slots], Params, Numbers], tuple[dict[str, Tensor], dict[str, Slots]]]
-
-
-@remembers_its_call
-@dataclass(frozen=True, eq=False, repr=False)
-class Transform:
-    """One stage of an optimizer.
-
-    Attributes:
-        name: what it does: `scale_by_adam`.
-        hyperparameters: its numbers by name; a number or a `Schedule`.
-        slots: per parameter, makes the initial state tensors.
-        apply: (updates, slots, parameters, numbers) -> (updates, slots that changed), each by parameter name; pure.
-        elementwise: whether an element's update depends on that element alone, so that parameters may be laid out in
-            one flat vector.
-        counts: whether `apply` reads the slot "step", the number of the parameter's update counted from 1.
-    """
-
-    name: str
-    hyperparameters: Mapping[str, Number]
-    slots: Callable[[Tensor], Slots]
-    apply: Apply
-    elementwise: bool = False
-    counts: bool = False
-    call: Call | None = None
-
-    @property
-    def structure(self) -> tuple[object, ...]:
-        """What is static: the function that made it and its arguments that are no numbers of the rule (nesterov)."""
-        if self.call is None:
-            return (self,)  # nothing is known of its rule, so it is like no other
-        static = {k: v for k, v in leaves(self.call) if k.partition(".")[0] not in self.hyperparameters}
-        return (Call(self.call.function, static), *self.hyperparameters)
-
-    def with_numbers(self, values: Mapping[str, Number]) -> Transform:
-        """The same transform with other hyperparameters."""
-        made: Transform = self if self.call is None else self.call.with_arguments(values)
-        changed = {name: values.get(name, value) for name, value in made.hyperparameters.items()}
-        return made if changed == made.hyperparameters else replace(made, hyperparameters=changed)
-
-
-def per_tensor(
-    name: str,
-    rule: Rule,
-    hyperparameters: Mapping[str, Number],
-    *,
-    slots: Iterable[str] = (),
-    counts: bool = False,
-    elementwise: bool = False,
-) -> Transform:
-    """A transform from a rule for one tensor: `rule(update, slots, parameter, numbers) -> (update, changed slots)`.
-
-    Args:
-        slots: names of state tensors shaped like the parameter that start at zero.
-        counts: whether the rule needs `slots["step"]`, the number of this update counted from 1.
-        elementwise: whether an element's update depends on that element alone (no norm or mean over the tensor):
-            such rules run many times faster, because they see all parameters of all trials as one tensor.
-
-    >>> import torch
-    >>> sign = per_tensor("sign", lambda g, slots, p, n: (-n["lr"].to(g.dtype) * g.sign(), {}), {"lr": 0.5})
-    >>> p = {"w": torch.zeros(2)}
-    >>> chain(sign).update({"w": torch.tensor([3.0, -4.0])}, chain(sign).init(p), p)[0]["w"]
-    tensor([-0.5000,  0.5000])
-    """
-    names = tuple(slots)
-    for number, value in hyperparameters.items():
-        if not isinstance(value, Schedule):
-            real(number, value)
-
-    def initial(parameter: Tensor) -> Slots:
-        return {slot: torch.zeros_like(parameter) for slot in names}
-
-    def apply(
-        updates: dict[str, Tensor], state: dict[str, Slots], parameters: Params, numbers: Numbers
-    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
-        new_updates, changed = {}, {}
-        for key, update in updates.items():
-            new_updates[key], changed[key] = rule(update, state[key], parameters[key], numbers)
-        return new_updates, changed
-
-    return Transform(name, hyperparameters, initial, apply, elementwise, counts)
-
-
-def cast(like: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
-    """Numbers computed in float64 (bias corrections lose digits in float32), rounded once to the tensor's dtype."""
-    return tuple(number.to(like.dtype) for number in numbers)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A transform in its place: under which names the optimizer keeps its numbers and its slots."""
-
-    transform: Transform
-    numbers: Mapping[str, str]
-    slots: Mapping[str, str]
-
-    def apply(
-        self, updates: dict[str, Tensor], state: dict[str, Slots], params: Params, numbers: Numbers
-    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
-        """What the transform makes of the updates, and the whole state after it."""
-        own = {key: {name: state[key][kept] for name, kept in self.slots.items()} for key in updates}
-        updates, changed = self.transform.apply(
-            updates, own, params, {name: numbers[kept] for name, kept in self.numbers.items()}
-        )
-        new = {key: {self.slots[name]: slot for name, slot in slots.items()} for key, slots in changed.items()}
-        return updates, {key: {**slots, **new.get(key, {})} for key, slots in state.items()}
 
 
 @remembers_its_call
@@ -164,7 +64,7 @@ class Optimizer:
         """Every argument by name, tuples and schedules spelt out: `{"lr": 0.001, "beta1": 0.9, …}`."""
         found: dict[str, Any] = {}
         for name, value in leaves(self):
-            found[_free(name, found)] = value
+            found[free_name(name, found)] = value
         return found
 
     @property
@@ -184,6 +84,16 @@ class Optimizer:
         return all(transform.elementwise for transform in self.transforms)
 
     @property
+    def together(self) -> bool:
+        """Whether some transform looks at all parameters at once."""
+        return any(transform.together for transform in self.transforms)
+
+    @property
+    def moves_evaluation(self) -> bool:
+        """Whether the model is evaluated with other parameters than those that are trained."""
+        return any(transform.evaluation is not None for transform in self.transforms)
+
+    @property
     def hyperparameters(self) -> dict[str, Number]:
         """The numbers that the rule reads, by name; of two with one name the second is `eps_2`."""
         return {
@@ -193,30 +103,16 @@ class Optimizer:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The transforms with the names under which their numbers and slots are kept apart."""
-        numbers: dict[str, None] = {}
-        slots: dict[str, None] = {"step": None}
-        made = []
-        for transform in self.transforms:
-            own_numbers = {name: _free(name, numbers) for name in transform.hyperparameters}
-            own_slots = {name: _free(name, slots) for name in transform.slots(torch.zeros(1))}
-            numbers.update(dict.fromkeys(own_numbers.values()))
-            slots.update(dict.fromkeys(own_slots.values()))
-            made.append(Stage(transform, own_numbers, own_slots | ({"step": "step"} if transform.counts else {})))
-        return tuple(made)
+        return named_apart(self.transforms)
 
     @cached_property
     def slot_names(self) -> frozenset[str]:
-        """The names of the state tensors that each parameter has."""
+        """The names of the state tensors that parameters have."""
         return frozenset(kept for stage in self.stages for kept in stage.slots.values())
 
     def with_numbers(self, values: Mapping[str, Number]) -> Optimizer:
         """The chain of the same transforms with other `hyperparameters`."""
-        return chain(
-            *(
-                stage.transform.with_numbers({name: values[kept] for name, kept in stage.numbers.items()})
-                for stage in self.stages
-            )
-        )
+        return chain(*(stage.transform.with_numbers(stage.own(values)) for stage in self.stages))
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -234,11 +130,36 @@ class Optimizer:
         made: Optimizer = substitute(self, values)
         return made
 
-    def init(self, params: Params) -> State:
+    def phase(self, step: int) -> Hashable:
+        """What is static about update number `step` (from 0): steps of one phase run the same operations."""
+        if not self.has_phases:
+            return None
+        return tuple(
+            (t.phase(step) if t.phase is not None else None, t.surveys is not None and t.surveys(step))
+            for t in self.transforms
+        )
+
+    def surveys(self, step: int) -> bool:
+        """Whether update number `step` (from 0) looks at the loss around the parameters: give it a `landscape`."""
+        return any(t.surveys is not None and t.surveys(step) for t in self.transforms)
+
+    def check(self, params: Params) -> None:
+        """Refuses parameters that some transform cannot train (Muon: all but matrices)."""
+        for transform in self.transforms:
+            if transform.check is not None:
+                for name, parameter in params.items():
+                    transform.check(name, parameter)
+
+    def init(
+        self, params: Params, numbers: Numbers | None = None, *, steps: float | None = None, seed: Seed = 0
+    ) -> State:
         """The state before the first update.
 
         Args:
             params: parameter tensors by name.
+            numbers: replaces `self.numbers`, as float64 tensors (the engines pass one value per trial).
+            steps: how many updates training has in all, for a schedule on a number with which the state begins.
+            seed: of the random numbers, for the few rules that draw some.
 
         >>> import torch
         >>> from fallline.optim import adam
@@ -248,13 +169,16 @@ class Optimizer:
         """
         self._refuse_template()
         for name, parameter in params.items():
-            if not parameter.is_floating_point():
-                raise FalllineError(
-                    f"parameter {name!r} is {parameter.dtype}: an optimizer moves real floating-point ones."
-                )
+            if not parameter.is_floating_point() and not parameter.is_complex():
+                raise FalllineError(f"parameter {name!r} is {parameter.dtype}: an optimizer moves floating-point ones.")
+        self.check(params)
         device = next(iter(params.values())).device if params else None
-        slots = {name: self._slots(parameter) for name, parameter in params.items()}
-        return {"step": torch.zeros((), dtype=torch.float64, device=device), "slots": slots}
+        step = torch.zeros((), dtype=torch.float64, device=device)
+        if numbers is None:
+            numbers = self._own_numbers(device)
+        numbers = self._at(numbers, step, steps or 1)  # at the start, however many steps there will be
+        slots = {name: self._slots(name, parameter, numbers, seed) for name, parameter in params.items()}
+        return {"step": step, "slots": slots}
 
     def update(
         self,
@@ -264,6 +188,8 @@ class Optimizer:
         numbers: Numbers | None = None,
         *,
         steps: float | None = None,
+        step: int | None = None,
+        landscape: Landscape | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """One step, pure: `new = params + updates`. Nothing that is passed in is changed.
 
@@ -273,6 +199,9 @@ class Optimizer:
             params: the parameters at which the gradients were taken.
             numbers: replaces `self.numbers`, as float64 tensors (the engines pass one value per trial).
             steps: how many updates training has in all; needed where a hyperparameter is a schedule.
+            step: which update this is, from 0; read off the state if left out. Give it under vmap or torch.compile to
+                an optimizer that does something at every so many steps only.
+            landscape: the loss around the parameters, for the optimizers that look at more than one gradient.
 
         Returns:
             The updates, by the names in `grads`, and the new state.
@@ -293,23 +222,70 @@ class Optimizer:
                 shapes = f"{tuple(grad.shape)}, the parameter {tuple(params[name].shape)}"
                 raise FalllineError(f"the gradient of {name!r} has shape {shapes}: they must be the same.")
         if numbers is None:
-            like = state["step"]
-            numbers = {n: torch.tensor(v, dtype=torch.float64, device=like.device) for n, v in self.numbers.items()}
+            numbers = self._own_numbers(state["step"].device)
+        if self.has_phases and step is None:
+            step = int(state["step"])
+        if step is not None and self.surveys(step) and landscape is None:
+            raise FalllineError(
+                f"{self.name} looks at the loss around the parameters: give update(…, landscape=fl.optim.Landscape.of("
+                "loss, params)) with the mini-batch's loss as a function of the parameters; in fit, sweep and "
+                "as_torch's step(closure) that is done for you."
+            )
         current = self._at(numbers, state["step"], steps)
-        updates = dict(grads)
         slots = {name: state["slots"][name] for name in grads}
-        if "step" in self.slot_names:
-            slots = {name: {**own, "step": own["step"] + 1} for name, own in slots.items()}
-        for stage in self.stages:
-            updates, slots = stage.apply(updates, slots, params, current)
+        real_params, real_grads, real_slots = self._as_real(params, grads, slots)
+        phase = None if step is None else self.phase(step)
+        updates, slots = self.run(real_grads, real_slots, real_params, current, Moment(phase, landscape))
+        updates, slots = _as_complex(params, updates, slots)
         return updates, {"step": state["step"] + 1, "slots": {**state["slots"], **slots}}
 
-    def as_torch(self, params: Any, *, steps: int | None = None) -> TorchOptimizer:
+    def run(
+        self, updates: dict[str, Tensor], slots: dict[str, Slots], params: Params, numbers: Numbers, moment: Moment
+    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
+        """The transforms one after the other, with the numbers of this step: `update` without what surrounds it."""
+        if "step" in self.slot_names:
+            slots = {name: {**own, "step": own["step"] + 1} for name, own in slots.items()}
+        phases = moment.phase if isinstance(moment.phase, tuple) else ((None, False),) * len(self.stages)
+        for stage, (phase, looks) in zip(self.stages, phases, strict=True):
+            inner = Moment(phase, moment.landscape if looks else None)
+            updates, slots = stage.apply(updates, slots, params, numbers, inner)
+        return updates, slots
+
+    def evaluation_parameters(
+        self, state: State, params: Params, numbers: Numbers | None = None, *, steps: float | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters with which the model is to be evaluated; those that are trained, for most optimizers.
+
+        Args:
+            state, params: after the latest update.
+            numbers, steps: as for `update`.
+
+        >>> import torch
+        >>> from fallline.optim import sgd
+        >>> p = {"w": torch.ones(2)}
+        >>> sgd().evaluation_parameters(sgd().init(p), p)["w"]
+        tensor([1., 1.])
+        """
+        if not self.moves_evaluation:
+            return dict(params)
+        if numbers is None:
+            numbers = self._own_numbers(state["step"].device)
+        current = self._at(numbers, torch.clamp(state["step"] - 1, min=0), steps)
+        return self.evaluated(params, state["slots"], current)
+
+    def evaluated(self, params: Params, slots: Mapping[str, Slots], numbers: Numbers) -> dict[str, Tensor]:
+        """`evaluation_parameters` with the numbers of this step."""
+        for stage in self.stages:
+            params = stage.evaluation(params, slots, numbers)
+        return dict(params)
+
+    def as_torch(self, params: Any, *, steps: int | None = None, seed: int = 0) -> TorchOptimizer:
         """A `torch.optim.Optimizer` that runs this rule on a model's parameters.
 
         Args:
             params: `model.parameters()`, `model.named_parameters()` or parameter groups.
             steps: how many steps training has in all; needed where a hyperparameter is a schedule.
+            seed: of the random numbers, for the few rules that draw some.
 
         >>> import torch
         >>> from fallline.optim import adam
@@ -321,15 +297,48 @@ class Optimizer:
         from fallline.optim.torch_adapter import TorchOptimizer
 
         self._refuse_template()
-        return TorchOptimizer(params, self, steps=steps)
+        return TorchOptimizer(params, self, steps=steps, seed=seed)
 
-    def _slots(self, parameter: Tensor) -> Slots:
+    def initial_slots(self, name: str, parameter: Tensor, numbers: Numbers, seed: Seed = 0) -> Slots:
+        """The state of a real parameter before the first update, with the numbers of that moment."""
         made: Slots = {}
         if "step" in self.slot_names:
             made["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
+        if "seed" in self.slot_names:
+            own = torch.as_tensor(seed, dtype=torch.int64, device=parameter.device) * 1_000_003
+            made["seed"] = own + zlib.crc32(name.encode())
         for stage in self.stages:
-            made.update({stage.slots[name]: slot for name, slot in stage.transform.slots(parameter).items()})
+            made.update(stage.initial(name, parameter, numbers, seed))
         return made
+
+    def _slots(self, name: str, parameter: Tensor, numbers: Numbers, seed: Seed) -> Slots:
+        if not parameter.is_complex():
+            return self.initial_slots(name, parameter, numbers, seed)
+        as_real = torch.view_as_real(parameter)
+        made = self.initial_slots(name, as_real, numbers, seed)
+        return {s: torch.view_as_complex(t) if t.shape == as_real.shape else t for s, t in made.items()}
+
+    def _as_real(
+        self, params: Params, grads: Params, slots: dict[str, Slots]
+    ) -> tuple[Params, dict[str, Tensor], dict[str, Slots]]:
+        """Complex tensors as pairs of real ones, which element-by-element rules train like any other."""
+        if not any(params[name].is_complex() for name in grads):
+            return params, dict(grads), slots
+        if not self.elementwise:
+            raise Unsupported(f"{self.name} does not support complex parameters: it does not work element by element.")
+        return (
+            {name: _real(p) for name, p in params.items()},
+            {name: _real(g) for name, g in grads.items()},
+            {name: {slot: _real(tensor) for slot, tensor in own.items()} for name, own in slots.items()},
+        )
+
+    def _own_numbers(self, device: torch.device | None) -> Numbers:
+        return {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in self.numbers.items()}
+
+    @cached_property
+    def has_phases(self) -> bool:
+        """Whether not all steps run the same operations."""
+        return any(t.phase is not None or t.surveys is not None for t in self.transforms)
 
     @cached_property
     def _schedules(self) -> dict[str, Schedule]:
@@ -341,6 +350,8 @@ class Optimizer:
 
     def _at(self, numbers: Numbers, step: Tensor, steps: float | None) -> Numbers:
         """The numbers that the rule reads at this step: schedules evaluated, the rest as they are."""
+        if not self._schedules:
+            return numbers
         current = dict(numbers)
         for name, schedule in self._schedules.items():
             own = {inner: numbers[f"{name}:{inner}"] for inner in schedule.numbers}
@@ -383,10 +394,17 @@ def chain(*transforms: Transform | Optimizer) -> Optimizer:
     return Optimizer(tuple(stages))
 
 
-def _free(name: str, used: Mapping[str, object]) -> str:
-    """The name, or the first of `name_2`, `name_3` … that is not in use."""
-    count, candidate = 1, name
-    while candidate in used:
-        count += 1
-        candidate = f"{name}_{count}"
-    return candidate
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _as_complex(
+    params: Params, updates: dict[str, Tensor], slots: dict[str, Slots]
+) -> tuple[dict[str, Tensor], dict[str, Slots]]:
+    """Updates and slots of complex parameters as complex tensors again."""
+    for name in [name for name in updates if params[name].is_complex()]:
+        shape = updates[name].shape
+        updates = {**updates, name: torch.view_as_complex(updates[name].contiguous())}
+        own = {s: torch.view_as_complex(t.contiguous()) if t.shape == shape else t for s, t in slots[name].items()}
+        slots = {**slots, name: own}
+    return updates, slots

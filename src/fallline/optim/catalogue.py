@@ -3,62 +3,16 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from fallline.errors import UnknownArgument, UnknownName, nearest
-from fallline.optim import optimizers
+from fallline.optim import adam_family, gradient_descent, mean_square, signs
 from fallline.optim.base import Optimizer
 from fallline.optim.dimensions import Dimension, log_grid
+from fallline.optim.info import OptimizerInfo
 
-
-@dataclass(frozen=True)
-class OptimizerInfo:
-    """An optimizer and what is known about it.
-
-    Attributes:
-        make: the function that makes it.
-        learning_rates: the range of learning rates that is worth searching when nothing is known of the model.
-        formula: its update in one line.
-        torch_name: its class in torch.optim, or "" where torch has none.
-        paper: where it comes from.
-    """
-
-    make: Callable[..., Optimizer]
-    learning_rates: tuple[float, float]
-    formula: str
-    torch_name: str
-    paper: str
-
-    @property
-    def name(self) -> str:
-        """The name on the command line and in `fl.optim`."""
-        return self.make.__name__
-
-
-CATALOGUE: dict[str, OptimizerInfo] = {
-    info.name: info
-    for info in (
-        OptimizerInfo(
-            optimizers.sgd,
-            (1e-3, 10.0),
-            "p − lr·b, b = momentum·b + g",
-            "SGD",
-            "Robbins & Monro 1951; Polyak 1964",
-        ),
-        OptimizerInfo(optimizers.adam, (1e-5, 1e-1), "p − lr·m̂/(√v̂ + eps)", "Adam", "Kingma & Ba 2015"),
-        OptimizerInfo(
-            optimizers.adamw,
-            (1e-5, 1e-1),
-            "p − lr·(m̂/(√v̂ + eps) + wd·p)",
-            "AdamW",
-            "Loshchilov & Hutter 2019",
-        ),
-        OptimizerInfo(optimizers.rmsprop, (1e-5, 1e-1), "p − lr·g/(√v + eps)", "RMSprop", "Tieleman & Hinton 2012"),
-        OptimizerInfo(optimizers.lion, (1e-6, 1e-2), "p − lr·(sign(β₁m + (1−β₁)g) + wd·p)", "", "Chen et al. 2023"),
-    )
-}
+FAMILIES = (gradient_descent, mean_square, adam_family, signs)
+CATALOGUE: dict[str, OptimizerInfo] = {info.name: info for family in FAMILIES for info in family.CATALOGUE}
 
 
 def get(name: str) -> OptimizerInfo:

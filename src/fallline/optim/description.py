@@ -19,10 +19,18 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ParamSpec, TypeVar, cast
 
-from fallline.errors import FalllineError, UnknownArgument, nearest
+from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgument, unknown_argument
 from fallline.optim.dimensions import Dimension
 
 P = ParamSpec("P")
+
+
+# Arguments of torch's optimizers that choose an implementation.
+TORCH_SWITCHES = frozenset({"foreach", "fused", "capturable", "differentiable"})
+
+
+class NotOfTheRule(UnknownArgument, ValueError):
+    """An argument of torch's that says how to compute an update, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Call:
         changed = {}
         for name, value in self.arguments.items():
             if isinstance(value, tuple) and name not in values:
-                changed[name] = tuple(values.get(_item(name, i), item) for i, item in enumerate(value))
+                changed[name] = tuple(values.get(item_name(name, i), item) for i, item in enumerate(value))
             else:
                 changed[name] = values.get(name, value)
         return self.function(*self.extra, **changed)
@@ -123,25 +131,29 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
     {'lr': fl.grid([0.01, 0.1, 1.0])}
     """
     signature = inspect.signature(function)
-    keywords = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_POSITIONAL
-    ]
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    keywords = [name for name, kind in kinds.items() if kind not in several]
+    others = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
-            if name not in keywords:
-                hint = nearest(name, keywords) if keywords else "It takes none."
-                raise UnknownArgument(f"{function.__name__}() has no argument {name!r}. {hint}")
+            if name not in keywords and others is None:
+                if name in TORCH_SWITCHES:
+                    raise NotOfTheRule(
+                        f"{function.__name__}() has no argument {name!r}: it says how torch computes, not what. "
+                        "Leave it out: as_torch takes the fastest way there is."
+                    )
+                raise unknown_argument(f"{function.__name__}()", name, keywords)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise UnknownArgument(f"{function.__name__}(): {error}.") from None
         bound.apply_defaults()
         arguments = {name: plain(bound.arguments[name]) for name in keywords}
-        extra = next((v for name, v in bound.arguments.items() if name not in arguments), ())
+        arguments |= {name: plain(value) for name, value in bound.arguments.get(others or "", {}).items()}
+        extra = next((v for name, v in bound.arguments.items() if kinds[name] is several[0]), ())
         call = Call(wrapper, arguments, tuple(extra))
         dimensions = list(search_dimensions(call))
         if not dimensions:
@@ -159,7 +171,11 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
 def plain(value: Any) -> Any:
     """Numbers of numpy and torch as Python's, lists as tuples: what can be compared, printed and written to JSON."""
     if isinstance(value, tuple | list):
+        if len({hasattr(item, "requires_grad") for item in value}) > 1:
+            raise InvalidHyperparameter(f"{value!r} mixes tensors and numbers: give either.")
         return tuple(plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     if type(value) in (bool, int, float, str):
         return value
     if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
@@ -173,6 +189,8 @@ def substitute(value: Any, chosen: Mapping[int, object]) -> Any:
         return chosen[id(value)]
     if isinstance(value, tuple):
         return tuple(substitute(item, chosen) for item in value)
+    if isinstance(value, Mapping):
+        return {name: substitute(item, chosen) for name, item in value.items()}
     call = getattr(value, "call", None)
     if isinstance(call, Call) and any(True for _ in search_dimensions(call)):
         return call.again(functools.partial(substitute, chosen=chosen))
@@ -191,17 +209,21 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for item in call.extra:
             yield from leaves(item, path)
         for index, (name, item) in enumerate(call.arguments.items()):
-            # A schedule's first argument is the hyperparameter itself: lr=cosine(0.1) has lr 0.1.
+            # A schedule's first argument is the hyperparameter itself: lr=cosine(0.1) has lr 0.1. The arguments of an
+            # optimizer inside another keep their names.
             inner = name if not path else path if index == 0 else f"{path}.{name}"
-            yield from leaves(item, inner)
+            yield from leaves(item, path if hasattr(item, "transforms") or hasattr(item, "apply") else inner)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from leaves(item, "" if hasattr(item, "call") else f"{path}.{name}")
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from leaves(item, _item(path, index))
+            yield from leaves(item, item_name(path, index))
     else:
         yield path, value
 
 
-def _item(name: str, index: int) -> str:
+def item_name(name: str, index: int) -> str:
     """The name of one of several: `beta1` of `betas`."""
     return f"{name.removesuffix('s')}{index + 1}"
 
@@ -217,6 +239,10 @@ def code(value: Any, prefix: str = "") -> str:
     if isinstance(value, tuple):
         inside = ", ".join(code(item, prefix) for item in value)
         return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {code(item, prefix)}' for name, item in value.items())}}}"
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return _name_of(value, prefix)
     if not isinstance(call, Call):
         if hasattr(value, "call"):  # made without a described function
             return f"<{type(value).__name__.lower()} {getattr(value, 'name', None) or getattr(value, 'kind', '')}>"
@@ -226,9 +252,16 @@ def code(value: Any, prefix: str = "") -> str:
     for name, item in call.arguments.items():
         if name == "lr" or isinstance(item, Dimension) or item != defaults.get(name):
             written.append(f"{name}={code(item, prefix)}")
-    module = call.function.__module__
+    return f"{_name_of(call.function, prefix)}({', '.join(written)})"
+
+
+def _name_of(function: Callable[..., Any], prefix: str) -> str:
+    """The name under which a function or class is used: that of fallline's own behind the prefix, torch's in full."""
+    module = function.__module__
+    if module.startswith("torch.optim"):
+        return f"torch.optim.{function.__name__}"
     if not module.startswith("fallline.optim."):
-        prefix = ""
-    elif prefix and module.endswith(".schedules"):
-        prefix = "fl.schedules."
-    return f"{prefix}{call.name}({', '.join(written)})"
+        return function.__name__
+    if prefix and module.endswith(".schedules"):
+        return f"fl.schedules.{function.__name__}"
+    return f"{prefix}{function.__name__}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from fallline.errors import UnknownName
+from fallline.errors import FalllineError, UnknownName
 from fallline.optim.description import Call, unmade
 from fallline.optim.dimensions import Dimension
 
@@ -18,7 +20,7 @@ def to_data(value: Any) -> Any:
 
     >>> from fallline.optim import sgd
     >>> to_data(sgd(lr=0.1))["make"]
-    'fallline.optim.optimizers:sgd'
+    'fallline.optim.gradient_descent:sgd'
     """
     return _data(value, {})
 
@@ -32,13 +34,17 @@ def _data(value: Any, numbers: dict[int, int]) -> Any:
         return {"range": [value.low, value.high], "log": value.log, "dimension": number}
     if isinstance(value, tuple | list):
         return [_data(item, numbers) for item in value]
+    if isinstance(value, Mapping):
+        return {"items": {name: _data(item, numbers) for name, item in value.items()}}
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return {"name": _name(value)}
     if not hasattr(value, "call"):
         return value
     call = value.call
     if not isinstance(call, Call):
         raise unmade(value)
     return {
-        "make": f"{call.function.__module__}:{call.function.__qualname__}",
+        "make": _name(call.function),
         "extra": [_data(item, numbers) for item in call.extra],
         "arguments": {name: _data(item, numbers) for name, item in call.arguments.items()},
     }
@@ -64,17 +70,40 @@ def _made(data: Any, dimensions: dict[int, Dimension]) -> Any:
         return data
     if "dimension" in data:
         return dimensions.setdefault(data["dimension"], _dimension(data, dimensions))
-    module, _, name = data["make"].partition(":")
-    try:
-        make: Any = importlib.import_module(module)
-        for part in name.split("."):
-            make = getattr(make, part)
-    except (ImportError, AttributeError) as error:
-        raise UnknownName(f"the optimizer {data['make']!r} cannot be found any more: {error}.") from error
-    return make(
+    if "items" in data:
+        return {name: _made(item, dimensions) for name, item in data["items"].items()}
+    if "name" in data:
+        return _named(data["name"])
+    return _named(data["make"])(
         *(_made(item, dimensions) for item in data["extra"]),
         **{key: _made(item, dimensions) for key, item in data["arguments"].items()},
     )
+
+
+def _name(function: Any) -> str:
+    """Where a function or class can be found: `module:name`.
+
+    Raises:
+        FalllineError: for one that cannot be found by its name.
+    """
+    name = f"{function.__module__}:{function.__qualname__}"
+    if "<" in name:  # <lambda>, or <locals>: inside another function
+        raise FalllineError(
+            f"{name.replace(':', '.')} cannot be written down, because it has no name at the top of a module: define "
+            "it there."
+        )
+    return name
+
+
+def _named(name: str) -> Any:
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UnknownName(f"{name!r} cannot be found any more: {error}.") from error
+    return found
 
 
 def _dimension(data: dict[str, Any], dimensions: dict[int, Dimension]) -> Dimension:

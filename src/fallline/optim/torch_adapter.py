@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgument, nearest
-from fallline.optim.base import Optimizer, Slots
+from fallline.optim.base import Optimizer
 from fallline.optim.description import plain
 from fallline.optim.schedules import Schedule
+from fallline.optim.transform import Slots
 
 # Keys that torch itself puts into groups, and one of ours.
 _TORCH_KEYS = {"params", "param_names", "initial_lr", "updates_done"}
@@ -26,9 +27,10 @@ _TORCH_KEYS = {"params", "param_names", "initial_lr", "updates_done"}
 class TorchOptimizer(torch.optim.Optimizer):
     """Made by `Optimizer.as_torch`. Transforms over all parameters (a global norm) act within each group."""
 
-    def __init__(self, params: Any, rule: Optimizer, *, steps: int | None = None) -> None:
+    def __init__(self, params: Any, rule: Optimizer, *, steps: int | None = None, seed: int = 0) -> None:
         self.rule = rule
         self.steps = steps
+        self.seed = seed
         self.arguments = _arguments(rule)
         self.schedules: list[dict[str, Any]] = []  # per group, the arguments that follow a schedule
         self._rules: dict[int, tuple[dict[str, Any], Optimizer]] = {}  # per group, the latest arguments and their rule
@@ -130,7 +132,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "steps", "arguments", "schedules", "_rules")
+        own = ("rule", "steps", "seed", "arguments", "schedules", "_rules")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

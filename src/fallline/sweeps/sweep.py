@@ -26,9 +26,8 @@ from fallline.errors import (
     TrainedSequentially,
 )
 from fallline.losses import Loss, as_loss
-from fallline.optim import Optimizer, rmsprop, sgd
+from fallline.optim import Optimizer, adam, rmsprop, sgd
 from fallline.optim.catalogue import learning_rate_grid
-from fallline.optim.optimizers import adam
 from fallline.sweeps import engines, packs, search, workers
 from fallline.sweeps.packs import Block, Job, Pack
 from fallline.sweeps.result import Result, best_trial, with_results

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fallline.optim import Optimizer, State
+from fallline.optim import Landscape, Optimizer, State
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.traced import trace
 from fallline.tasks import Task
@@ -124,7 +124,7 @@ class Population:
         self.program.module.eval()
         forward = vmap(self.program.predict, in_dims=(0, 0, None))
         with torch.no_grad():
-            params = self.layout.views(self._flat)
+            params = self.layout.views(self._evaluation_parameters())
             parts = [forward(params, self.constants, part) for part in x.split(EVALUATION_CHUNK)]
             prediction = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             metric = vmap(self.task.metric, in_dims=(0, None))(prediction, y)
@@ -161,7 +161,7 @@ class Population:
 
     def parameters(self, row: int) -> dict[str, Tensor]:
         """A copy of one trial's parameters and buffers, on the CPU."""
-        everything = {**self.constants, **self.layout.views(self._flat)}
+        everything = {**self.constants, **self.layout.views(self._evaluation_parameters())}
         return {name: tensor[row].detach().cpu().clone() for name, tensor in everything.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -209,6 +209,36 @@ class Population:
         self.step += 1
         return cast(Tensor, losses)
 
+    def _evaluation_parameters(self) -> Tensor:
+        """The parameters [row, parameters] with which each trial is evaluated."""
+        if not any(family.optimizer.moves_evaluation for family in self.families):
+            return self._flat
+        chosen = self._flat.clone()
+        for family in self.families:
+            if family.optimizer.moves_evaluation:
+                rows = slice(family.start, family.stop)
+
+                def one(state: Any, params: Any, numbers: Any, optimizer: Optimizer = family.optimizer) -> Any:
+                    return optimizer.evaluation_parameters(state, params, numbers, steps=self.steps)
+
+                chosen[rows] = self._mapped(family, one, family.state, self._flat[rows], family.numbers)
+        return chosen
+
+    def _mapped(
+        self,
+        family: Family,
+        rule: Callable[..., Any],
+        state: State,
+        flat: Tensor,
+        numbers: dict[str, Tensor],
+    ) -> Tensor:
+        """`rule(state, params, numbers) -> params` for every row of a family, as a flat tensor."""
+        if family.optimizer.elementwise:
+            made: Tensor = rule(state, {FLAT: flat}, numbers)[FLAT]
+            return made
+        found = vmap(rule)(state, self.layout.views(flat), {name: each.squeeze(1) for name, each in numbers.items()})
+        return self.layout.flatten(found, leading=1)
+
     def _arguments(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         """All tensors that a step reads."""
         states = [family.state for family in self.families]
@@ -228,7 +258,10 @@ class Population:
         losses, grads = self._losses_and_gradients(dim, flat, constants, x, y)
         with torch.no_grad():
             gradient = self.layout.flatten(grads, leading=1)
-            made = [self._update(*each, flat, gradient) for each in zip(self.families, states, numbers, strict=True)]
+            made = [
+                self._update(family, state, own, flat, gradient, (dim, constants, x, y))
+                for family, state, own in zip(self.families, states, numbers, strict=True)
+            ]
         return losses, [update for update, _ in made], [state for _, state in made]
 
     def _losses_and_gradients(
@@ -242,21 +275,33 @@ class Population:
             return losses.detach(), gradients(losses.sum(), leaves)
 
     def _update(
-        self, family: Family, state: State, numbers: dict[str, Tensor], flat: Tensor, gradient: Tensor
+        self,
+        family: Family,
+        state: State,
+        numbers: dict[str, Tensor],
+        flat: Tensor,
+        gradient: Tensor,
+        batch: tuple[int | None, dict[str, Tensor], Tensor, Tensor],
     ) -> tuple[Tensor, State]:
         """A family's updates [row, parameters] and its new state."""
         rows = slice(family.start, family.stop)
+        update = functools.partial(family.optimizer.update, steps=self.steps, step=self.step)
         if family.optimizer.elementwise:
-            updates, state = family.optimizer.update(
-                {FLAT: gradient[rows]}, state, {FLAT: flat[rows]}, numbers, steps=self.steps
-            )
+            updates, state = update({FLAT: gradient[rows]}, state, {FLAT: flat[rows]}, numbers)
             return updates[FLAT], state
+        dim, constants, x, y = batch
+        surveys = family.optimizer.surveys(self.step)
 
-        def rule(g: Any, s: Any, p: Any, n: Any) -> Any:
-            return family.optimizer.update(g, s, p, n, steps=self.steps)
+        def rule(g: Any, s: Any, p: Any, n: Any, own: Any, x: Any, y: Any) -> Any:
+            landscape = Landscape.of(lambda at: self.program.loss_at(at, own, x, y), p) if surveys else None
+            return update(g, s, p, n, landscape=landscape)
 
         grads, params = self.layout.views(gradient[rows]), self.layout.views(flat[rows])
-        updates, state = vmap(rule)(grads, state, params, {name: each.squeeze(1) for name, each in numbers.items()})
+        arguments = grads, state, params, {name: each.squeeze(1) for name, each in numbers.items()}
+        own = {name: tensor[rows] for name, tensor in constants.items()}
+        if dim is not None:
+            x, y = x[rows], y[rows]
+        updates, state = vmap(rule, in_dims=(0, 0, 0, 0, 0, dim, dim))(*arguments, own, x, y)
         return self.layout.flatten(updates, leading=1), state
 
     def _program(self, dim: int | None, *arguments: Any) -> Callable[..., Any]:
@@ -264,7 +309,8 @@ class Population:
         plain = functools.partial(self._compute, dim)
         if self.programs is None:
             return plain
-        key = (*self._shape, dim, tuple(arguments[-2].shape))
+        phases = tuple(family.optimizer.phase(self.step) for family in self.families)
+        key = (*self._shape, dim, tuple(arguments[-2].shape), phases)
         if key not in self.programs:
             self.programs[key] = _UNTRACEABLE
             with contextlib.suppress(Exception):  # whatever keeps a model from being traced, it can be run
@@ -347,18 +393,22 @@ class Population:
                 name: torch.tensor([[o.numbers[name]] for o in own], dtype=torch.float64, device=self.device)
                 for name in own[0].numbers
             }
-            families.append(Family(own[0], start, stop, numbers, self._initial_state(own[0], start, stop)))
+            families.append(Family(own[0], start, stop, numbers, self._initial_state(own[0], start, stop, numbers)))
             start = stop
         return families
 
-    def _initial_state(self, optimizer: Optimizer, start: int, stop: int) -> State:
+    def _initial_state(self, optimizer: Optimizer, start: int, stop: int, numbers: dict[str, Tensor]) -> State:
         flat = self._flat[start:stop]
-        if not optimizer.elementwise:
-            state: State = vmap(optimizer.init)(self.layout.views(flat))
-            return cast(State, _map(state, torch.Tensor.clone))
-        state = vmap(lambda p: optimizer.init({FLAT: p}))(flat)
-        # Numbers of the state broadcast against the flat rows like the hyperparameters: [row, 1].
-        return cast(State, _map(state, lambda tensor: tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.clone()))
+        seeds = torch.tensor(self.seeds[start:stop], device=self.device)
+        flatly = optimizer.elementwise
+
+        def init(p: Any, n: Any, seed: Any) -> State:
+            return optimizer.init({FLAT: p} if flatly else p, n, steps=self.steps, seed=seed)
+
+        own = {name: each.squeeze(1) for name, each in numbers.items()}
+        state = vmap(init)(flat if flatly else self.layout.views(flat), own, seeds)
+        # Numbers of a flat state broadcast against the rows like the hyperparameters: [row, 1].
+        return cast(State, _map(state, lambda t: t.unsqueeze(1) if flatly and t.dim() == 1 else t.clone()))
 
     def _index_rows(self) -> None:
         """What depends on which rows there are."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fallline.losses import Loss
+from fallline.optim import Landscape
 
 Named = Mapping[str, Tensor]
 
@@ -48,8 +49,34 @@ class Program:
         """The functional form of the model and its loss: a scalar."""
         return self.loss(self.predict(params, constants, x), y)
 
+    def landscape(self, params: Named, x: Tensor, y: Tensor) -> Landscape:
+        """The loss on a mini-batch around the parameters of the module, with the module run as it is (any module)."""
 
-def gradients(loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of a scalar by parameter name; a parameter that had no part in it is left out, as in torch.optim."""
-    found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        def slopes(at: Named, *, keep: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            with torch.enable_grad():
+                moved = {name: tensor.detach().requires_grad_() for name, tensor in {**params, **at}.items()}
+                loss = self.loss(functional_call(self.module, moved, (x,)), y)
+                return moved, gradients(loss, moved, keep=keep)
+
+        def gradient(at: Named) -> dict[str, Tensor]:
+            found = slopes(at)[1]
+            return {name: found[name] for name in at if name in found}
+
+        def curvature(vector: Named) -> dict[str, Tensor]:
+            moved, found = slopes({}, keep=True)
+            with torch.enable_grad():
+                along = torch.stack([(found[name] * v).sum() for name, v in vector.items() if name in found]).sum()
+                product = gradients(along, moved) if along.requires_grad else {}
+            return {name: product.get(name, torch.zeros_like(v)) for name, v in vector.items()}
+
+        return Landscape(gradient, curvature)
+
+
+def gradients(loss: Tensor, params: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:
+    """Gradients of a scalar by parameter name; a parameter that had no part in it is left out, as in torch.optim.
+
+    Args:
+        keep: so that the gradients can be differentiated themselves.
+    """
+    found = torch.autograd.grad(loss, list(params.values()), allow_unused=True, create_graph=keep)
     return {name: g for name, g in zip(params, found, strict=True) if g is not None}

@@ -6,6 +6,7 @@ parameter takes part, the parameters are views of one flat vector and the rule i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fallline.optim import Optimizer, State
+from fallline.optim import Landscape, Optimizer, State
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
@@ -77,23 +78,24 @@ class Trial:
         return np.concatenate([recorded, np.full(count - len(recorded), np.nan)])
 
     def evaluate(self) -> tuple[float, float]:
-        """The metric and the loss on the validation data, in evaluation mode."""
+        """The metric and the loss on the validation data, in evaluation mode, with the evaluation parameters."""
         x, y = self.validation
         was_training = self.module.training
         self.module.eval()
-        with torch.no_grad(), self._own_random_numbers():
+        with torch.no_grad(), self._own_random_numbers(), self._evaluation_parameters():
             prediction = torch.cat([self.module(part) for part in x.split(EVALUATION_CHUNK)])
             metric, loss = self.task.metric(prediction, y), self.task.loss(prediction, y)
         self.module.train(was_training)
         return float(metric), float(loss)
 
     def parameters(self) -> dict[str, Tensor]:
-        """A copy of the model's state as it is now, parameters and buffers, on the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+        """A copy of the model's state as it is evaluated now, parameters and buffers, on the CPU."""
+        with self._evaluation_parameters():
+            return self._state_of_module()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that going on from here needs, as tensors by name."""
-        kept = {f"model/{name}": tensor for name, tensor in self.parameters().items()}
+        kept = {f"model/{name}": tensor for name, tensor in self._state_of_module().items()}
         kept["optimizer/step"] = self.state["step"]
         for name, slots in self.state["slots"].items():
             kept.update({f"optimizer/slots/{slot}/{name}": tensor for slot, tensor in slots.items()})
@@ -127,38 +129,63 @@ class Trial:
         loss = self.task.loss(self.module(x), y)
         grads = gradients(loss, self.params)
         loss = loss.detach()
+        landscape = self.program.landscape(self.params, x, y) if self.optimizer.surveys(self.step) else None
         with torch.no_grad():
-            self._update(grads, torch.isfinite(loss))
+            self._update(grads, torch.isfinite(loss), landscape)
         self.step += 1
         return loss
 
-    def _update(self, grads: dict[str, Tensor], finite: Tensor) -> None:
+    def _update(self, grads: dict[str, Tensor], finite: Tensor, landscape: Landscape | None) -> None:
         """The optimizer's step, unless the loss is not finite: then the parameters stay as they are."""
         if self.flat is not None and len(grads) < len(self.params):
             self._separate()
+        params = self._trained()
         if self.flat is not None and self.layout is not None:
-            flat = {FLAT: self.layout.flatten(grads)}
-            updates, self.state = self.optimizer.update(
-                flat, self.state, {FLAT: self.flat}, self._numbers, steps=self.steps
-            )
-            self.flat.add_(torch.where(finite, updates[FLAT], 0))
-            return
-        updates, self.state = self.optimizer.update(grads, self.state, self.params, self._numbers, steps=self.steps)
+            grads = {FLAT: self.layout.flatten(grads)}
+        updates, self.state = self.optimizer.update(
+            grads, self.state, params, self._numbers, steps=self.steps, step=self.step, landscape=landscape
+        )
         for name, update in updates.items():
-            self.params[name].add_(torch.where(finite, update, 0))
+            params[name].add_(torch.where(finite, update, 0))
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The tensors that the optimizer sees: the parameters, or the vector that they are views of."""
+        return {FLAT: self.flat} if self.flat is not None else self.params
+
+    @contextmanager
+    def _evaluation_parameters(self) -> Iterator[None]:
+        """The model has the parameters that it is to be evaluated with."""
+        if not self.optimizer.moves_evaluation:
+            yield
+            return
+        with torch.no_grad():
+            trained = self._trained()
+            before = {name: p.clone() for name, p in trained.items()}
+            chosen = self.optimizer.evaluation_parameters(self.state, before, self._numbers, steps=self.steps)
+            for name, p in trained.items():
+                p.copy_(chosen[name])
+            try:
+                yield
+            finally:
+                for name, p in trained.items():
+                    p.copy_(before[name])
+
+    def _state_of_module(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
 
     def _lay_out(self) -> None:
         """Makes the parameters views of one flat vector, where the optimizer allows it."""
         dtypes = {p.dtype for p in self.params.values()}
-        if self.optimizer.elementwise and len(dtypes) == 1:
+        init = functools.partial(self.optimizer.init, numbers=self._numbers, steps=self.steps, seed=self.seed)
+        if self.optimizer.elementwise and len(dtypes) == 1 and not next(iter(dtypes)).is_complex:
             with torch.no_grad():
                 self.layout = Layout.of(self.params)
                 self.flat = self.layout.flatten(self.params)
                 for name, view in self.layout.views(self.flat).items():
                     self.params[name].data = view
-            self.state = self.optimizer.init({FLAT: self.flat})
+            self.state = init({FLAT: self.flat})
         else:
-            self.state = self.optimizer.init({name: p.detach() for name, p in self.params.items()})
+            self.state = init({name: p.detach() for name, p in self.params.items()})
 
     def _separate(self) -> None:
         """Goes on parameter by parameter: some parameter takes no part in the loss, and is not to be updated."""

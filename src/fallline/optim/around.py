@@ -1,0 +1,129 @@
+"""Optimizers around other optimizers: what lookahead, cautious, accumulate, sam and partition are made with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec
+
+from torch import Tensor
+
+from fallline.optim.base import Optimizer, chain
+from fallline.optim.description import described
+from fallline.optim.transform import (
+    OWN_SLOTS,
+    Evaluation,
+    Moment,
+    Number,
+    Numbers,
+    Params,
+    Seed,
+    Slots,
+    Stage,
+    Start,
+    Transform,
+    initially,
+    named_apart,
+)
+
+P = ParamSpec("P")
+
+
+def around(
+    name: str,
+    optimizers: Sequence[Optimizer | Transform],
+    apply: Callable[
+        [Sequence[Stage], dict[str, Tensor], Mapping[str, Slots], Params, Numbers, Moment],
+        tuple[dict[str, Tensor], dict[str, Slots]],
+    ],
+    hyperparameters: Mapping[str, Number] | None = None,
+    *,
+    slots: Iterable[str] = (),
+    initial: Start | None = None,
+    counts: bool = False,
+    elementwise: bool = True,
+    together: bool = False,
+    phase: Callable[[int], Hashable] | None = None,
+    surveys: Callable[[int], bool] | None = None,
+    evaluation: Evaluation | None = None,
+    **fields: Any,
+) -> Transform:
+    """A transform that has other optimizers inside, and their numbers and state beside its own.
+
+    Args:
+        apply: (the optimizers inside, updates, slots, parameters, numbers, moment) -> (updates, slots). An optimizer
+            inside is a `Stage`: `part.apply(updates, slots, params, numbers, moment)` gives its updates, and the slots
+            with its own renewed. Numbers and slots of the transform itself keep their names.
+        slots, initial, counts: as for `per_tensor`, of the transform itself.
+        elementwise, together: of the transform itself.
+        phase, surveys: those of the first optimizer inside, if left out.
+        evaluation: that of the first optimizer inside, if left out.
+        fields: other fields of the `Transform`.
+    """
+    names = tuple(slots)
+    own = Transform(name, hyperparameters or {}, _never, names, initially(names, initial), counts=counts)
+    stages = named_apart([own, *(as_transform(part) for part in optimizers)])
+    parts = stages[1:]
+
+    def starting(key: str, parameter: Tensor, numbers: Numbers, seed: Seed) -> Slots:
+        return {slot: t for stage in stages for slot, t in stage.initial(key, parameter, numbers, seed).items()}
+
+    first = parts[0]
+    return Transform(
+        name,
+        {kept: stage.transform.hyperparameters[each] for stage in stages for each, kept in stage.numbers.items()},
+        lambda updates, state, params, numbers, moment: apply(parts, updates, state, params, numbers, moment),
+        tuple(kept for stage in stages for kept in stage.slots.values() if kept not in OWN_SLOTS),
+        **{
+            "slots": starting,
+            "elementwise": elementwise and all(part.transform.elementwise for part in parts),
+            "together": together or any(part.transform.together for part in parts),
+            "counts": counts,
+            "phase": phase or first.transform.phase,
+            "surveys": surveys or first.transform.surveys,
+            "check": first.transform.check,
+            "evaluation": evaluation or (first.evaluation if first.transform.evaluation is not None else None),
+            "parts": parts,
+            **fields,
+        },
+    )
+
+
+def as_transform(optimizer: Optimizer | Transform) -> Transform:
+    """A whole optimizer as one transform, with its count of steps among its slots."""
+    whole = optimizer if isinstance(optimizer, Optimizer) else chain(optimizer)
+    in_order = (kept for stage in whole.stages for kept in stage.slots.values())
+    return Transform(
+        whole.name,
+        whole.hyperparameters,
+        lambda updates, state, params, numbers, moment: whole.run(updates, dict(state), params, numbers, moment),
+        tuple(dict.fromkeys(in_order)),
+        whole.initial_slots,
+        elementwise=whole.elementwise,
+        together=whole.together,
+        evaluation=whole.evaluated if whole.moves_evaluation else None,
+        phase=whole.phase if whole.has_phases else None,
+        surveys=whole.surveys if any(t.surveys is not None for t in whole.transforms) else None,
+        check=lambda name, parameter: whole.check({name: parameter}),
+    )
+
+
+def combinator(function: Callable[P, Transform]) -> Callable[P, Optimizer]:
+    """Marks a maker of one transform that is a whole optimizer: what it makes can be trained with as it is.
+
+    The transform remembers its call under the name `function.transform`, the optimizer under that of the function.
+    """
+    maker = described(function)
+    maker.__qualname__ = f"{function.__qualname__}.transform"
+
+    @functools.wraps(function)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
+        return chain(maker(*args, **kwargs))
+
+    made = described(whole)
+    made.transform = maker  # type: ignore[attr-defined]
+    return made
+
+
+def _never(*arguments: Any) -> Any:
+    raise AssertionError("the transform that only names its own numbers and slots is not applied")
