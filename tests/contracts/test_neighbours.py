@@ -292,6 +292,17 @@ def test_round_off_in_adaptive_updates_does_not_keep_a_step_from_being_traced():
     assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
 
 
+def test_products_one_after_the_other_are_traced_too():
+    task = classification(
+        lambda: nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 5, bias=False), nn.Linear(5, 2))
+    )
+    programs = {}
+    chosen = plans(task, [fl.optim.sgd(lr=0.1)], [0, 1])
+    traced = Population(task, chosen, steps=10, device=CPU, programs=programs).train_steps(10)
+    assert [isinstance(program, torch.fx.GraphModule) for program in programs.values()] == [True, True]
+    np.testing.assert_allclose(traced, Population(task, chosen, steps=10, device=CPU).train_steps(10), rtol=1e-5)
+
+
 def test_a_traced_step_that_computes_something_else_is_not_used(monkeypatch):
     task = classification(mlp)
     wrong = lambda function, *examples: lambda *arguments: function(arguments[0] * 1.5, *arguments[1:])  # noqa: E731

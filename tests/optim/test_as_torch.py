@@ -3,13 +3,16 @@
 import copy
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler
 
 import fallline as fl
+from fallline.optim.catalogue import CATALOGUE
 from plain_loop import PAIRS
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -353,3 +356,368 @@ def test_an_option_turned_on_later_keeps_the_state_that_there_is():
 
 def test_it_prints_its_rule():
     assert "fl.optim.sgd(lr=0.1)" in repr(fl.optim.sgd(0.1).as_torch([nn.Parameter(torch.zeros(1))]))
+
+
+def named(model, order=slice(None)):
+    return list(model.named_parameters())[order]
+
+
+@pytest.mark.parametrize("name", ["adam", "chain"])
+def test_a_state_dict_finds_its_parameters_by_name(name):
+    rule = {"adam": fl.optim.adam(0.05), "chain": RESUMED["chain"]}[name]
+    model = make_model()
+    optimizer = rule.as_torch(named(model))
+    train(model, optimizer, 5)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    through = train(model, optimizer, 5)
+    again = make_model()
+    again.load_state_dict(weights)
+    turned = rule.as_torch([(f"_orig_mod.{n}", p) for n, p in named(again, slice(None, None, -1))])
+    turned.load_state_dict(saved)
+    assert turned.param_groups[0]["param_names"][0] == "_orig_mod.2.bias"
+    assert equal(train(again, turned, 5), through)
+
+
+def test_a_state_dict_of_other_names_is_refused():
+    model = make_model()
+    saved = fl.optim.adam().as_torch(named(model)).state_dict()
+    with pytest.raises(fl.errors.FalllineError, match=r"no parameter 'head.bias'. Did you mean '2.bias'"):
+        fl.optim.adam().as_torch([(n.replace("2.", "head."), p) for n, p in named(model)]).load_state_dict(saved)
+
+
+def test_our_state_dict_loads_into_torchs_optimizers():
+    for ours, make in (
+        (fl.optim.adam(0.05), torch.optim.Adam),
+        (fl.optim.rmsprop(0.01, momentum=0.5, centered=True), torch.optim.RMSprop),
+        (fl.optim.sgd(0.05, 0.9), torch.optim.SGD),
+        (fl.optim.adamax(0.05), torch.optim.Adamax),
+        (fl.optim.adagrad(0.05), torch.optim.Adagrad),
+    ):
+        for kernels in (True, False):
+            model, reference = make_model(), make_model()
+            mine = ours.as_torch(model.parameters())
+            mine.kernels = kernels
+            train(model, mine, 5)
+            reference.load_state_dict(model.state_dict())
+            theirs = make(reference.parameters())
+            theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
+            close(train(model, mine, 5), train(reference, theirs, 5))
+
+
+def test_a_loaded_state_is_a_copy():
+    first, second = make_model(), make_model()
+    mine, other = (fl.optim.adam(0.05).as_torch(model.parameters()) for model in (first, second))
+    train(first, mine, 3)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(mine.state_dict())
+    expected = train(first, copy.deepcopy((first, mine))[1], 0)
+    train(second, other, 3)
+    assert equal(expected, list(first.parameters()))
+    assert mine.state[first[0].weight]["step"] == 3
+
+
+def test_state_takes_the_dtype_of_its_parameter_and_counts_do_not():
+    rule = fl.optim.lookahead(fl.optim.adam(0.05))
+    model = make_model()
+    optimizer = rule.as_torch(model.parameters())
+    train(model, optimizer, 3)
+    half = make_model().float()
+    other = rule.as_torch(half.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    dtypes = {name: t.dtype for name, t in other.state[half[0].weight].items()}
+    assert dtypes.pop("step") == torch.float64
+    assert dtypes.pop("step_2") == torch.float64
+    assert set(dtypes.values()) == {torch.float32}
+
+
+def test_hooks_run():
+    model = make_model()
+    optimizer = fl.optim.adam().as_torch(model.parameters())
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "mine": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state.pop("mine")))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    train(model, optimizer, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["before", "after", 1, "loaded"]
+
+
+def test_a_grad_scaler_skips_steps_that_overflow():
+    def run(make):
+        model = make_model().float()
+        optimizer = make(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = ((model(X.float()) - Y.float()) ** 2).mean() * (torch.inf if step == 2 else 1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach() for p in model.parameters()], scaler.get_scale()
+
+    mine, theirs = run(fl.optim.adam(0.05).as_torch), run(lambda p: torch.optim.Adam(p, 0.05))
+    assert mine[1] == theirs[1] == 512
+    for a, b in zip(mine[0], theirs[0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def a_matrix():
+    return nn.Parameter(torch.randn(1, 1))
+
+
+TWICE = a_matrix()
+ERRORS = {
+    "a parameter instead of a list": (lambda: a_matrix(), TypeError),
+    "a parameter twice in a group": (lambda: [TWICE, TWICE], UserWarning),
+    "a parameter in two groups": (lambda: [{"params": TWICE}, {"params": TWICE}], ValueError),
+    "some parameters named": (lambda: [("weight", a_matrix()), a_matrix()], ValueError),
+    "some groups named": (lambda: [{"params": [a_matrix()]}, {"params": [("w", a_matrix())]}], ValueError),
+    "no parameter": (list, ValueError),
+    "no leaf": (lambda: [a_matrix() * 2], ValueError),
+    "no tensor": (lambda: [1.0], TypeError),
+    "a set": (lambda: [{"params": {a_matrix()}}], TypeError),
+}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "lion", "muon", "prodigy"])
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_torch_refuses_is_refused(name, case):
+    params, error = ERRORS[case]
+    with pytest.raises(error):
+        torch.optim.Adam(params())
+    with pytest.raises(error):
+        CATALOGUE[name].make(**CATALOGUE[name].valid[0]).as_torch(params())
+
+
+def test_a_learning_rate_of_two_elements_is_refused():
+    with pytest.raises(ValueError, match="lr"):
+        fl.optim.adam(lr=torch.tensor([0.1, 0.2]))
+
+
+def test_parameters_that_the_rule_cannot_train_are_refused_at_once():
+    with pytest.raises(ValueError, match="bias"):
+        fl.optim.muon().as_torch([("bias", nn.Parameter(torch.zeros(3)))])
+    optimizer = fl.optim.muon().as_torch([a_matrix()])
+    with pytest.raises(ValueError, match=r"'1'"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == len(optimizer.schedules) == 1
+
+
+def test_what_acts_on_all_parameters_together_sees_all_groups():
+    rule = fl.optim.chain(fl.optim.clip_by_global_norm(0.1), fl.optim.sgd(0.5, 0.9))
+    model, reference = make_model(), make_model()
+    close(
+        train(model, rule.as_torch(groups(model))),
+        train(reference, rule.as_torch(reference.parameters())),
+    )
+    model, reference = make_model(), make_model()
+    optimizer, torchs = rule.as_torch(groups(model, lr=0.1)), torch.optim.SGD(groups(reference, lr=0.1), 0.5, 0.9)
+    for _ in range(5):
+        train(model, optimizer, 1)
+        torchs.zero_grad()
+        ((reference(X) - Y) ** 2).mean().backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+        torchs.step()
+    close(list(model.parameters()), list(reference.parameters()))
+    with pytest.raises(ValueError, match=r"max_norm .* same in every parameter group"):
+        train(model, rule.as_torch(groups(model, max_norm=0.2)), 1)
+
+
+def test_groups_that_differ_in_structure_cannot_be_taken_together():
+    model = make_model()
+    prodigy = fl.optim.prodigy().as_torch(groups(model, safeguard_warmup=True))
+    with pytest.raises(ValueError, match="acts on all parameters together"):
+        train(model, prodigy, 1)
+
+
+def closure_of(model, optimizer, **backward):
+    def closure():
+        optimizer.zero_grad()
+        loss = ((model(X) - Y) ** 2).mean()
+        loss.backward(**backward)
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one group", "two groups"])
+def test_sam_looks_at_the_gradient_elsewhere(grouped):
+    rho, lr = 0.1, 0.2
+    model, reference = make_model(), make_model()
+    optimizer = fl.optim.sam(fl.optim.sgd(lr), rho=rho).as_torch(groups(model) if grouped else model.parameters())
+    params = list(reference.parameters())
+    for _ in range(5):
+        returned = optimizer.step(closure_of(model, optimizer))
+        loss = ((reference(X) - Y) ** 2).mean()
+        first = torch.autograd.grad(loss, params)
+        norm = torch.sqrt(sum((g**2).sum() for g in first))
+        with torch.no_grad():
+            for p, g in zip(params, first, strict=True):
+                p.add_(rho * g / norm)
+        second = torch.autograd.grad(((reference(X) - Y) ** 2).mean(), params)
+        with torch.no_grad():
+            for p, g, s in zip(params, first, second, strict=True):
+                p.sub_(rho * g / norm).sub_(lr * s)
+        torch.testing.assert_close(returned.detach(), loss.detach(), rtol=1e-10, atol=0)
+        close([p.grad for p in model.parameters()], first)  # as the user's own backward left them
+    torch.testing.assert_close(list(model.parameters()), params, rtol=1e-9, atol=1e-12)
+    with pytest.raises(fl.errors.FalllineError, match=r"write optimizer.step\(closure\)"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_sophia_looks_at_the_curvature():
+    rule = fl.optim.sophia(lr=0.1)
+    model, reference = make_model(), make_model()
+    optimizer = rule.as_torch(named(model), seed=3)
+    params = {name: p.detach() for name, p in reference.named_parameters()}
+    state = rule.init(params, seed=3)
+
+    def loss(at):
+        return ((torch.func.functional_call(reference, dict(at), (X,)) - Y) ** 2).mean()
+
+    for _ in range(4):
+        optimizer.step(closure_of(model, optimizer, create_graph=True))
+        around = fl.optim.Landscape.of(loss, params)
+        updates, state = rule.update(around.gradient(params), state, params, landscape=around)
+        params = {name: p + updates[name] for name, p in params.items()}
+    close([p.detach() for p in model.parameters()], list(params.values()))
+    optimizer.zero_grad()
+    with pytest.raises(fl.errors.FalllineError, match=r"loss.backward\(create_graph=True\)"):
+        fl.optim.sophia().as_torch(model.parameters()).step(closure_of(model, optimizer))
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one group", "two groups"])
+def test_evaluation_parameters_are_put_in_and_taken_out(grouped):
+    rule = fl.optim.schedule_free_sgd(0.2)
+    model = make_model()
+    optimizer = rule.as_torch(groups(model) if grouped else model.parameters())
+    train(model, optimizer, 5)
+    trained = [p.detach().clone() for p in model.parameters()]
+    slots = {str(i): optimizer.state[p] for i, p in enumerate(model.parameters())}
+    state = {"step": torch.zeros(()), "slots": slots}
+    expected = rule.evaluation_parameters(state, {str(i): p for i, p in enumerate(trained)})
+    with optimizer.evaluation_parameters():
+        inside = [p.detach().clone() for p in model.parameters()]
+        with optimizer.evaluation_parameters():  # once is enough
+            assert equal(inside, list(model.parameters()))
+        with pytest.raises(fl.errors.FalllineError, match=r"leave evaluation_parameters\(\) before step"):
+            optimizer.step()
+    close(inside, list(expected.values()))
+    assert not equal(inside, trained)
+    assert equal(trained, list(model.parameters()))
+
+
+def test_for_most_optimizers_evaluation_changes_nothing():
+    model = make_model()
+    optimizer = fl.optim.adam().as_torch(model.parameters())
+    train(model, optimizer, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.evaluation_parameters():
+        assert equal(before, list(model.parameters()))
+
+
+def test_groups_of_an_optimizer_around_another_show_its_numbers():
+    model = make_model()
+    optimizer = fl.optim.cautious(fl.optim.adamw(0.1)).as_torch(model.parameters())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    train(model, optimizer, 4, lr_scheduler.StepLR(optimizer, 2, 0.5))
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+def test_random_numbers_go_by_the_parameters_names_and_the_seed():
+    rule = fl.optim.chain(fl.optim.add_noise(0.1), fl.optim.sgd(0.1))
+
+    def run(order, seed):
+        model = make_model()
+        return train(model, rule.as_torch(named(model, order), seed=seed), 3)
+
+    through = run(slice(None), 1)
+    assert equal(through, run(slice(None, None, -1), 1))
+    assert not equal(through, run(slice(None), 2))
+
+
+COMPILED = {
+    "adam": fl.optim.adam(0.05),
+    "sgd": fl.optim.sgd(0.05, 0.9),
+    "lion": fl.optim.lion(0.01),
+    "chain": fl.optim.chain(fl.optim.clip_by_global_norm(0.5), fl.optim.scale_by_adam(), fl.optim.sgd(0.05)),
+    "every third step": fl.optim.soap(0.01, precondition_frequency=3),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_step_is_compiled_once_whatever_the_learning_rate(name):
+    torch._dynamo.reset()
+    model, reference = make_model(), make_model()
+    counter = CompileCounter()
+    mine, plain = (COMPILED[name].as_torch(m.parameters()) for m in (model, reference))
+    plain.kernels = False
+    schedulers = [lr_scheduler.ExponentialLR(o, 0.9) for o in (mine, plain)]
+    step = torch.compile(mine.step, backend=counter)
+    frames = []
+    for _ in range(8):
+        mine.zero_grad()
+        ((model(X) - Y) ** 2).mean().backward()
+        step()
+        train(reference, plain, 1)
+        for scheduler in schedulers:
+            scheduler.step()
+        frames.append(counter.frame_count)
+    close(list(model.parameters()), list(reference.parameters()))
+    assert frames[0] > 0
+    assert frames[-1] == (frames[3] if name == "every third step" else frames[0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_step():
+    torch._dynamo.reset()
+    model, reference = make_model(), make_model()
+    mine, plain = (fl.optim.adam(0.05).as_torch(m.parameters()) for m in (model, reference))
+    step = torch.compile(mine.step)
+    for _ in range(4):
+        mine.zero_grad()
+        ((model(X) - Y) ** 2).mean().backward()
+        step()
+        train(reference, plain, 1)
+    close(list(model.parameters()), list(reference.parameters()))
+
+
+def test_the_state_of_a_parameter_that_needs_only_some_slots_is_not_made_anew():
+    model = nn.Linear(3, 2)
+    optimizer = fl.optim.adafactor(lr=0.1).as_torch(model.named_parameters())
+    made = []
+    plain_first_slots = optimizer._first_slots
+    optimizer._first_slots = lambda *arguments: made.append(arguments) or plain_first_slots(*arguments)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert len(made) == 2
+    assert "variance" in optimizer.state[model.bias]
+    assert "row_var" in optimizer.state[model.weight]
+
+
+def test_an_average_inside_a_partition_is_what_its_parameters_are_evaluated_with():
+    o = fl.optim
+    averaged = o.chain(o.sgd(lr=0.1), o.ema_of_parameters(0.5))
+    rule = o.partition(o.by_shape(), {"matrices": averaged, "vectors": o.sgd(lr=0.1)})
+    model = nn.Linear(3, 2)
+    optimizer = rule.as_torch(model.named_parameters())
+    average = None
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        weight = model.weight.detach().clone()
+        average = weight if average is None else 0.5 * average + 0.5 * weight
+    bias = model.bias.detach().clone()
+    assert not torch.equal(average, weight)
+    with optimizer.evaluation_parameters():
+        torch.testing.assert_close(model.weight.detach(), average)
+        torch.testing.assert_close(model.bias.detach(), bias, rtol=0, atol=0)
+    torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=0)

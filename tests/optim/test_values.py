@@ -322,3 +322,35 @@ def test_the_catalogue_holds_every_named_optimizer():
         assert (grid.values[0], grid.values[-1]) == info.learning_rates
         assert info.formula
         assert info.paper
+
+
+def test_an_optimizer_around_another_is_parsed_from_inside_out():
+    adamw, sgd = fl.optim.adamw, fl.optim.sgd
+    assert catalogue.parse("cautious(adamw:betas=(0.8,0.9),lr=0.1)") == fl.optim.cautious(
+        adamw(lr=0.1, betas=(0.8, 0.9))
+    )
+    assert catalogue.parse(" cautious( sgd ) ", lr=0.2) == fl.optim.cautious(sgd(lr=0.2))
+    assert (
+        catalogue.learning_rate_grid("cautious(sgd:momentum=0.9)").values == catalogue.learning_rate_grid("sgd").values
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cautious", r"write cautious\(adam\)"),
+        ("adam(sgd)", "does not go around another"),
+        ("cautious(adam", r"is not name\(optimizer\)"),
+        ("cautious(adam)lr=1", r"is not name\(optimizer\)"),
+        ("cautious(adamm)", "Did you mean 'adamw?'"),
+        ("cautious(adam):k=3", "cautious.*no argument 'k'"),
+    ],
+)
+def test_mistakes_around_another_optimizer_are_named(text, message):
+    with pytest.raises(fl.errors.FalllineError, match=message):
+        catalogue.parse(text)
+
+
+def test_the_state_of_an_optimizer_is_counted():
+    assert catalogue.state_of(fl.optim.sgd(lr=0.1)) == (0.0, ())
+    assert catalogue.state_of(fl.optim.adam(amsgrad=True)) == (3.0, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))

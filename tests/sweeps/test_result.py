@@ -102,9 +102,17 @@ def test_a_result_without_a_directory_takes_it_along_when_it_goes():
     assert not place.parent.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")  # which sophia needs
 @pytest.mark.parametrize(
     "optimizer",
-    [fl.optim.adam(lr=fl.grid([1e-3, 1e-2])), fl.optim.lion(lr=fl.grid([1e-4, 1e-3]))],
+    [
+        fl.optim.adam(lr=fl.grid([1e-3, 1e-2])),
+        fl.optim.lion(lr=fl.grid([1e-4, 1e-3])),
+        fl.optim.schedule_free_adamw(lr=1e-2),
+        fl.optim.muon_with_adamw(lr=1e-2, adamw_for="4.*"),
+        fl.optim.sam(fl.optim.sgd(lr=fl.grid([0.05, 0.1]))),
+        fl.optim.sophia(lr=fl.schedules.cosine(1e-3)),
+    ],
     ids=lambda optimizer: optimizer.name,
 )
 def test_the_winners_code_prints_the_metric_that_was_recorded(optimizer: fl.optim.Optimizer):

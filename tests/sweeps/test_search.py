@@ -75,6 +75,38 @@ def test_labels_are_unique_and_say_what_differs():
     assert found[5] != "sgd"
 
 
+def by_length(name, parameter):
+    return "long" if parameter.numel() > 10 else "short"
+
+
+def test_labels_of_optimizers_around_others_tell_what_differs_inside():
+    o, lr = fl.optim, fl.grid([0.1, 0.2])
+    given = [
+        o.cautious(o.adamw(lr=lr)),
+        o.cautious(o.adamw(lr=lr, weight_decay=0.1)),
+        o.lookahead(o.cautious(o.lion(lr=lr)), k=fl.grid([5, 10]), alpha=0.8),
+        o.lookahead(o.chain(o.clip_by_global_norm(1.0), o.sgd(lr=lr))),
+        o.lookahead(o.trace(0.9)),
+        o.accumulate(o.sgd(lr=fl.schedules.constant(0.1)), every=4),
+        o.partition(o.by_shape(), {"matrices": o.adamw(lr=lr, eps=1e-6), "vectors": o.sgd(lr=lr)}),
+        o.partition(by_length, {"long": o.adamw(), "short": o.sgd()}),
+        o.muon_with_adamw(lr=lr),
+        o.muon_with_adamw(lr=lr, adamw_lr=0.5),
+    ]
+    assert labels(given) == [
+        "cautious(adamw)",
+        "cautious(adamw weight_decay=0.1)",
+        "lookahead(cautious(lion)) alpha=0.8",
+        "lookahead(clip_by_global_norm + scale_by_learning_rate)",
+        "lookahead(trace momentum=0.9)",
+        "accumulate(sgd lr constant) every=4",
+        "partition(matrices: adamw eps=1e-06, vectors: sgd) label=by_shape()",
+        "partition(long: adamw, short: sgd) label=by_length",
+        "muon_with_adamw",
+        "muon_with_adamw adamw_lr=0.5",
+    ]
+
+
 def test_trials_are_every_configuration_with_every_seed():
     chosen = configurations([fl.optim.sgd(lr=fl.grid([0.1, 0.2]))], [MSE, as_loss("l1")], samples=1, search_seed=0)
     plans = trials(chosen, [3, 5])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -194,10 +194,17 @@ def tasks() -> None:
 
 @app.command()
 def optimizers() -> None:
-    """List the optimizers."""
-    from fallline.optim.catalogue import CATALOGUE
+    """List the optimizers: update, state per parameter, source."""
+    from fallline.optim.catalogue import CATALOGUE, state_of
 
-    _list([(info.name, f"{info.formula}  [{info.paper}]") for info in CATALOGUE.values()])
+    rows = []
+    for info in CATALOGUE.values():
+        size, _ = state_of(info.make(**info.valid[0]))
+        source = f"{info.paper} {info.year}"
+        rows.append((info.name, info.formula, f"{size:.2g} × size", source))
+    _list(rows, ("optimizer", "update", "state", "source"))
+    typer.echo("State: numbers kept per number of a 1024 × 1024 matrix. Write NAME, NAME:argument=value,…")
+    typer.echo("or, of those that go around another, NAME(OTHER). Arguments: help(fl.optim.NAME) in Python.")
 
 
 @app.command()
@@ -209,14 +216,15 @@ def losses() -> None:
     _list([(name, " ".join(paragraph.split())) for name, paragraph in first])
 
 
-def _list(rows: list[tuple[str, str]]) -> None:
+def _list(rows: Sequence[tuple[str, ...]], titles: Sequence[str] = ()) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    for name, text in rows:
-        table.add_row(name, text.replace("[", "\\["))
+    table = Table(box=None, show_header=bool(titles), padding=(0, 2, 0, 0))
+    for column, title in enumerate(titles or [""] * len(rows[0])):
+        table.add_column(title, style="bold" if column == 0 else "", no_wrap=column == 0)
+    for row in rows:
+        table.add_row(*(text.replace("[", "\\[") for text in row))
     Console(highlight=False).print(table)
 
 

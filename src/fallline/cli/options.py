@@ -49,18 +49,14 @@ def optimizers(names: Sequence[str], lr: str | None) -> list[Optimizer] | None:
 
     Without names, None (the default ones) or, where learning rates are given, the default ones over those.
     """
-    from fallline.optim.catalogue import get, learning_rate_grid, parse
+    from fallline.optim.catalogue import learning_rate_grid, parse
 
     rates = learning_rates(lr) if lr is not None else None
     if not names:
         if rates is None:
             return None
         return [parse(name, lr=rates) for name in ("sgd", "sgd:momentum=0.9", "rmsprop", "adam")]
-    made = []
-    for text in names:
-        name = get(text.partition(":")[0].strip()).name
-        made.append(parse(text, lr=rates if rates is not None else learning_rate_grid(name)))
-    return made
+    return [parse(text, lr=rates if rates is not None else learning_rate_grid(text)) for text in names]
 
 
 def run_directory(out: Path | None, task: Task) -> Path:

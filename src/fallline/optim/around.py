@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from fallline.optim.description import described
 from fallline.optim.transform import (
     OWN_SLOTS,
     Evaluation,
+    Grouped,
     Moment,
     Number,
     Numbers,
@@ -27,6 +29,25 @@ from fallline.optim.transform import (
 )
 
 P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class PartOfStep(Stage):
+    """An optimizer inside another at one step: what is static about that step for it."""
+
+    phase: Hashable = None
+
+    def apply(
+        self,
+        updates: dict[str, Tensor],
+        state: Mapping[str, Slots],
+        params: Params,
+        numbers: Numbers,
+        moment: Moment | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
+        """What the optimizer makes of the updates, and the whole state after it."""
+        landscape = moment.landscape if moment is not None else None
+        return super().apply(updates, state, params, numbers, Moment(self.phase, landscape))
 
 
 def around(
@@ -44,6 +65,7 @@ def around(
     elementwise: bool = True,
     together: bool = False,
     phase: Callable[[int], Hashable] | None = None,
+    clock: Callable[[int], int] | None = None,
     surveys: Callable[[int], bool] | None = None,
     evaluation: Evaluation | None = None,
     **fields: Any,
@@ -53,10 +75,14 @@ def around(
     Args:
         apply: (the optimizers inside, updates, slots, parameters, numbers, moment) -> (updates, slots). An optimizer
             inside is a `Stage`: `part.apply(updates, slots, params, numbers, moment)` gives its updates, and the slots
-            with its own renewed. Numbers and slots of the transform itself keep their names.
+            with its own renewed. Numbers and slots of the transform itself keep their names. `moment.phase` is that of
+            the transform itself; each optimizer inside gets its own.
         slots, initial, counts: as for `per_tensor`, of the transform itself.
         elementwise, together: of the transform itself.
-        phase, surveys: those of the first optimizer inside, if left out.
+        phase: of the transform itself.
+        clock: (number of the update, from 0) -> the number of the update that it is for the optimizers inside, for
+            their phases; the same if left out.
+        surveys: whether one of the optimizers inside does, if left out.
         evaluation: that of the first optimizer inside, if left out.
         fields: other fields of the `Transform`.
     """
@@ -68,25 +94,48 @@ def around(
     def starting(key: str, parameter: Tensor, numbers: Numbers, seed: Seed) -> Slots:
         return {slot: t for stage in stages for slot, t in stage.initial(key, parameter, numbers, seed).items()}
 
+    def phases(step: int) -> Hashable:
+        inner = clock(step) if clock is not None else step
+        each = (part.transform.phase for part in parts)
+        return (phase(step) if phase is not None else None), tuple(p(inner) if p is not None else None for p in each)
+
+    def surveying(step: int) -> bool:
+        inner = clock(step) if clock is not None else step
+        return any(part.transform.surveys is not None and part.transform.surveys(inner) for part in parts)
+
+    def applied(
+        updates: dict[str, Tensor], state: Mapping[str, Slots], params: Params, numbers: Numbers, moment: Moment
+    ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
+        own_phase, inner = moment.phase if isinstance(moment.phase, tuple) else (None, (None,) * len(parts))
+        now = [PartOfStep(s.transform, s.numbers, s.slots, p) for s, p in zip(parts, inner, strict=True)]
+        return apply(now, updates, state, params, numbers, Moment(own_phase, moment.landscape))
+
     first = parts[0]
+    has_phases = phase is not None or any(part.transform.phase is not None for part in parts)
     return Transform(
         name,
         {kept: stage.transform.hyperparameters[each] for stage in stages for each, kept in stage.numbers.items()},
-        lambda updates, state, params, numbers, moment: apply(parts, updates, state, params, numbers, moment),
+        applied,
         tuple(kept for stage in stages for kept in stage.slots.values() if kept not in OWN_SLOTS),
         **{
             "slots": starting,
             "elementwise": elementwise and all(part.transform.elementwise for part in parts),
             "together": together or any(part.transform.together for part in parts),
             "counts": counts,
-            "phase": phase or first.transform.phase,
-            "surveys": surveys or first.transform.surveys,
+            "phase": phases if has_phases else None,
+            "surveys": surveys or (surveying if any(p.transform.surveys is not None for p in parts) else None),
+            "curves": any(part.transform.curves for part in parts),
             "check": first.transform.check,
             "evaluation": evaluation or (first.evaluation if first.transform.evaluation is not None else None),
             "parts": parts,
             **fields,
         },
     )
+
+
+def numbers_of(numbers: Numbers, parameter: str) -> Numbers:
+    """The numbers of one parameter, where they differ from one group of parameters to the next."""
+    return numbers.of(parameter) if isinstance(numbers, Grouped) else numbers
 
 
 def as_transform(optimizer: Optimizer | Transform) -> Transform:
@@ -104,6 +153,7 @@ def as_transform(optimizer: Optimizer | Transform) -> Transform:
         evaluation=whole.evaluated if whole.moves_evaluation else None,
         phase=whole.phase if whole.has_phases else None,
         surveys=whole.surveys if any(t.surveys is not None for t in whole.transforms) else None,
+        curves=any(t.curves for t in whole.transforms),
         check=lambda name, parameter: whole.check({name: parameter}),
     )
 

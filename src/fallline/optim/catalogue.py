@@ -5,13 +5,45 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+import torch
+
 from fallline.errors import UnknownArgument, UnknownName, nearest
-from fallline.optim import adam_family, gradient_descent, mean_square, signs
+from fallline.optim import (
+    adam_family,
+    adam_variants,
+    combinators,
+    curvature,
+    gradient_descent,
+    layerwise,
+    learning_rate_free,
+    matrices,
+    mean_square,
+    partitions,
+    preconditioners,
+    schedule_free,
+    signs,
+    variance_reduced,
+)
 from fallline.optim.base import Optimizer
 from fallline.optim.dimensions import Dimension, log_grid
 from fallline.optim.info import OptimizerInfo
 
-FAMILIES = (gradient_descent, mean_square, adam_family, signs)
+FAMILIES = (
+    gradient_descent,
+    matrices,
+    mean_square,
+    adam_family,
+    signs,
+    schedule_free,
+    learning_rate_free,
+    adam_variants,
+    layerwise,
+    variance_reduced,
+    curvature,
+    preconditioners,
+    combinators,
+    partitions,
+)
 CATALOGUE: dict[str, OptimizerInfo] = {info.name: info for family in FAMILIES for info in family.CATALOGUE}
 
 
@@ -26,18 +58,43 @@ def get(name: str) -> OptimizerInfo:
     return CATALOGUE[name]
 
 
-def learning_rate_grid(name: str, n: int = 13) -> Dimension:
-    """The learning rates to search for an optimizer about which nothing is known yet."""
+def learning_rate_grid(text: str, n: int = 13) -> Dimension:
+    """The learning rates to search for an optimizer about which nothing is known yet.
+
+    Args:
+        text: the optimizer as `parse` takes it; one around another is searched like the other.
+
+    >>> learning_rate_grid("lookahead(sgd:momentum=0.9)", 3)
+    fl.grid([0.001, 0.1, 10.0])
+    """
+    name, inner, _ = _parts(text)
+    if inner:
+        return learning_rate_grid(inner, n)
     low, high = get(name).learning_rates
     return log_grid(low, high, n)
 
 
+def state_of(optimizer: Optimizer) -> tuple[float, tuple[str, ...]]:
+    """The state that an optimizer keeps for a matrix of 1024 × 1024: numbers per element, and the tensors' names.
+
+    Single numbers (a count of steps) are left out.
+
+    >>> from fallline.optim import adam
+    >>> state_of(adam())
+    (2.0, ('exp_avg', 'exp_avg_sq'))
+    """
+    matrix = torch.empty(1024, 1024, device="meta")
+    slots = {name: t for name, t in optimizer.init({"matrix": matrix})["slots"]["matrix"].items() if t.numel() > 1}
+    return sum(t.numel() for t in slots.values()) / matrix.numel(), tuple(slots)
+
+
 def parse(text: str, **defaults: Any) -> Optimizer:
-    """An optimizer as it is written on the command line: `adam`, or `sgd:momentum=0.9,nesterov=True`.
+    """An optimizer as it is written on the command line: `adam`, `sgd:momentum=0.9,nesterov=True`, or with another one
+    inside, `lookahead(sgd:momentum=0.9):k=10`.
 
     Args:
         text: a name, then after a colon `argument=value` pairs separated by commas.
-        defaults: arguments for those that the text does not give.
+        defaults: arguments for those that the text does not give; of the innermost optimizer.
 
     Raises:
         UnknownName: for a name that is not in the catalogue.
@@ -45,10 +102,18 @@ def parse(text: str, **defaults: Any) -> Optimizer:
 
     >>> parse("sgd:momentum=0.9", lr=0.1)
     fl.optim.sgd(lr=0.1, momentum=0.9)
+    >>> parse("cautious(adamw)", lr=0.1)
+    fl.optim.cautious(optimizer=fl.optim.adamw(lr=0.1))
     """
-    name, _, rest = text.partition(":")
-    info = get(name.strip())
+    name, inner, rest = _parts(text)
+    info = get(name)
     given: dict[str, Any] = {}
+    if info.wraps:
+        if not inner:
+            raise UnknownArgument(f"{name} goes around another optimizer: write {name}(adam), say.")
+        given["optimizer"], defaults = parse(inner, **defaults), {}
+    elif inner:
+        raise UnknownArgument(f"{name} does not go around another optimizer: write {name}:argument=value.")
     for part in _split(rest):
         key, equals, value = part.partition("=")
         if not equals:
@@ -61,6 +126,23 @@ def parse(text: str, **defaults: Any) -> Optimizer:
         except (ValueError, TypeError, SyntaxError):
             given[key] = value
     return info.make(**{**defaults, **given})
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """`name(inner):rest` as (name, inner, rest)."""
+    head, _, rest = text.partition(":")
+    if "(" not in head:
+        return head.strip(), "", rest
+    name, _, tail = text.partition("(")
+    depth = 1
+    for i, character in enumerate(tail):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            after = tail[i + 1 :].strip()
+            if after and not after.startswith(":"):
+                break
+            return name.strip(), tail[:i].strip(), after.removeprefix(":")
+    raise UnknownArgument(f"{text!r} is not name(optimizer):argument=value.")
 
 
 def _split(text: str) -> list[str]:

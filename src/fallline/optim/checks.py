@@ -94,3 +94,11 @@ def flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
         raise WrongType(f"{name} = {value!r} is neither True nor False: give one of them.")
+
+
+def whole(name: str, value: Any) -> None:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise WrongType(f"{name} = {value!r} is not a whole number: give 1 or more.")
+    if value < 1:
+        raise InvalidHyperparameter(f"{name} = {value!r} is below 1: give a whole number of at least 1.")

@@ -66,8 +66,17 @@ class Call:
 
     def __repr__(self) -> str:
         # Without an address: the order of families in a population must not change from one process to the next.
-        told = [*map(repr, self.extra), *(f"{name}={value!r}" for name, value in self.arguments.items())]
+        told = [*map(_shown, self.extra), *(f"{name}={_shown(value)}" for name, value in self.arguments.items())]
         return f"{self.function.__module__}.{self.function.__qualname__}({', '.join(told)})"
+
+
+def _shown(value: Any) -> str:
+    """Like `repr`, but functions are shown by their name."""
+    if inspect.isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return repr(value)
 
 
 T = TypeVar("T")
@@ -224,8 +233,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def item_name(name: str, index: int) -> str:
-    """The name of one of several: `beta1` of `betas`."""
-    return f"{name.removesuffix('s')}{index + 1}"
+    """The name of one of several: `beta1` of `betas`, but `eps1` of `eps`."""
+    return f"{name if name == 'eps' else name.removesuffix('s')}{index + 1}"
 
 
 def code(value: Any, prefix: str = "") -> str:

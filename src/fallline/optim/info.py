@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class OptimizerInfo:
         invalid: arguments that it must refuse.
         settles: arguments with which it reaches the bottom of a badly scaled quadratic and of Rosenbrock's valley.
         matrices_only: whether it refuses parameters that are no matrices.
+        decays: the numbers that, above 0, move parameters even where gradients are 0.
     """
 
     make: Callable[..., Optimizer]
@@ -45,8 +47,14 @@ class OptimizerInfo:
     invalid: tuple[Invalid, ...] = ()
     settles: Mapping[str, Any] = field(default_factory=dict)
     matrices_only: bool = False
+    decays: tuple[str, ...] = ("weight_decay",)
 
     @property
     def name(self) -> str:
         """The name on the command line and in `fl.optim`."""
         return self.make.__name__
+
+    @property
+    def wraps(self) -> bool:
+        """Whether it goes around another optimizer: `lookahead(adam)`."""
+        return "optimizer" in inspect.signature(self.make).parameters

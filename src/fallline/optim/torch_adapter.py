@@ -1,113 +1,383 @@
 """An optimizer of fallline as a `torch.optim.Optimizer`: the same rule, on the parameters of a model.
 
-Groups hold the optimizer's arguments under torch's names (`lr`, `betas`, …), those of a chain under the names of its
-`hyperparameters`; they are read anew at every step, so torch's schedulers work on them. Where a hyperparameter follows
-a schedule of its own, the group shows its present value. State is kept per parameter, under torch's names, so that a
-`state_dict` of `torch.optim.Adam` can be loaded. `p.grad` is never written.
+Groups hold the optimizer's arguments under torch's names (`lr`, `betas`, …), those of a chain, or of an optimizer
+around others, under the names of its `hyperparameters`; they are read anew at every step, so torch's schedulers work on
+them. Where a hyperparameter follows a schedule of its own, the group shows its present value. State is kept per
+parameter, under torch's names, so that a `state_dict` of `torch.optim.Adam` can be loaded and the other way round.
+`p.grad` is never written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgument, nearest
+from fallline.optim.around_a_closure import landscape
 from fallline.optim.base import Optimizer
 from fallline.optim.description import plain
+from fallline.optim.groups import Plan, arguments_of, follows_schedule, is_chain
+from fallline.optim.kernels import Kernel, count, kernel_of, suits, suits_fused
+from fallline.optim.landscape import Landscape
+from fallline.optim.loading import exactly, in_our_order
 from fallline.optim.schedules import Schedule
-from fallline.optim.transform import Slots
+from fallline.optim.transform import Grouped, Numbers, Slots
 
-# Keys that torch itself puts into groups, and one of ours.
-_TORCH_KEYS = {"params", "param_names", "initial_lr", "updates_done"}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _outside_compilation(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs as it is when a compiled step calls it. Like torch's own decorator, without importing the compiler yet."""
+    return cast(Callable[P, R], torch._disable_dynamo(function))  # type: ignore[attr-defined]
+
+
+# Keys that torch and its schedulers put into groups, and one of ours.
+_TORCH_KEYS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+_OWN_KEY = "updates_done"
+# A rule makes new tensors, so it gets so many numbers at a time: they stay in the cache, and there is never a second
+# copy of a whole model.
+LARGEST_PIECE = 2**20
+
+
+@dataclass
+class _Work:
+    """Parameters that are updated by one call of a rule, and all that the call needs."""
+
+    plan: Plan
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    slots: dict[str, Slots]
+    numbers: Numbers
+    begun: Tensor
+    step: int | None
+    landscape: Landscape | None
 
 
 class TorchOptimizer(torch.optim.Optimizer):
-    """Made by `Optimizer.as_torch`. Transforms over all parameters (a global norm) act within each group."""
+    """Made by `Optimizer.as_torch`.
+
+    Transforms that act on all parameters together see those of all groups at once.
+
+    Attributes:
+        rule: the optimizer that it runs.
+        kernels: whether torch's own kernels may do the arithmetic, where torch has the same optimizer; `computed_by`
+            tells where they do.
+    """
 
     def __init__(self, params: Any, rule: Optimizer, *, steps: int | None = None, seed: int = 0) -> None:
         self.rule = rule
         self.steps = steps
         self.seed = seed
-        self.arguments = _arguments(rule)
+        self.kernels = True
+        self.arguments = arguments_of(rule)
         self.schedules: list[dict[str, Any]] = []  # per group, the arguments that follow a schedule
-        self._rules: dict[int, tuple[dict[str, Any], Optimizer]] = {}  # per group, the latest arguments and their rule
+        self._evaluating = False
+        self._start_afresh()
         super().__init__(params, dict(self.arguments))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a key that is not an argument of the optimizer is an error that names the nearest one."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group = {param_group!r} is not a dict: give one with the key 'params'.")
-        for key in param_group.keys() - _TORCH_KEYS - self.arguments.keys():
+        for key in param_group.keys() - _TORCH_KEYS - {_OWN_KEY} - self.arguments.keys():
             hint = nearest(key, self.arguments) if self.arguments else "It has none."
             raise UnknownArgument(f"a parameter group of {self.rule.name} has no {key!r}. {hint}")
         # A group that joins late is as far in training as the others.
-        done = max((group["updates_done"] for group in self.param_groups), default=0)
+        done = max((group[_OWN_KEY] for group in self.param_groups), default=0)
         given = {name: plain(param_group.get(name, value)) for name, value in self.arguments.items()}
-        self._rule_with(
-            len(self.param_groups), given
-        )  # an argument outside its domain is refused here, not at the first step
-        schedules = {name: value for name, value in given.items() if _follows_schedule(value)}
+        index = len(self.param_groups)
+        rule = self._plan(index, given).rule  # an argument outside its domain is refused here, not at the first step
+        schedules = {name: value for name, value in given.items() if follows_schedule(value)}
         present = {name: self._present(name, value, done) for name, value in schedules.items()}
-        super().add_param_group({"updates_done": done, **param_group, **present})
+        super().add_param_group({_OWN_KEY: done, **param_group, **present})
+        try:
+            rule.check(dict(zip(self._names(index), self.param_groups[index]["params"], strict=True)))
+        except Exception:
+            self.param_groups.pop()
+            raise
         self.schedules.append(schedules)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for index, (group, schedules) in enumerate(zip(self.param_groups, self.schedules, strict=True)):
-            self._refuse_second_schedule(group, schedules)
-            params = {str(i): p for i, p in enumerate(group["params"]) if p.grad is not None}
-            if params:
-                rule = self._rule_with(index, {name: plain(group[name]) for name in self.arguments})
-                self._update(rule, params)
-            group["updates_done"] += 1
-            for name, schedule in schedules.items():
-                group[name] = self._present(name, schedule, group["updates_done"])
+        """One update of every parameter that has a gradient; returns the closure's loss, if there is a closure.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, goes backward and returns the loss. Optimizers that look
+                at gradients elsewhere (`sam`) call it again there.
+        """
+        if torch.compiler.is_compiling():
+            loss, works = _begin(self, closure)
+            _end(self, works, [_by_rule(work) if work.landscape is None else _uncompiled(work) for work in works])
+            return loss
+        loss = _evaluated(closure)
+        for work in self._works(closure, kernels=self.kernels):
+            self._keep([work], [_by_rule(work)])
+        self._advance()
         return loss
 
+    @contextmanager
+    def evaluation_parameters(self) -> Iterator[None]:
+        """The model has the parameters that it is to be evaluated with, for as long as the block lasts.
+
+        They are others than those that are trained for optimizers that average them (`schedule_free`,
+        `ema_of_parameters`); for all others nothing happens.
+
+        >>> import torch
+        >>> from fallline.optim import adam
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = adam().as_torch(model.parameters())
+        >>> with optimizer.evaluation_parameters():
+        ...     prediction = model(torch.ones(1, 2))
+        """
+        if self._evaluating or not self.rule.moves_evaluation:
+            yield
+            return
+        before: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for index in range(len(self.param_groups)):
+                for p, tensor in self._evaluation_parameters(index):
+                    before.append((p, p.detach().clone()))
+                    p.copy_(tensor)
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
+            with torch.no_grad():
+                for p, tensor in before:
+                    p.copy_(tensor)
+
+    @property
+    def computed_by(self) -> list[str]:
+        """What makes each group's step: the name of a torch function, or "the rule".
+
+        A function steps back for single steps: for gradients that it cannot take, and under torch.compile.
+        """
+        plans = [self._plan(i, self._given(group)) for i, group in enumerate(self.param_groups)]
+        return [plan.kernel.name if self.kernels and plan.kernel is not None else "the rule" for plan in plans]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a `state_dict` of the same optimizer, or of its namesake in torch.optim."""
-        for group in state_dict["param_groups"]:
-            missing = self.arguments.keys() - group.keys()
-            if missing:
-                raise FalllineError(
-                    f"this state is of another optimizer: {self.rule.name} has {min(missing)!r}, its groups do not."
-                )
-        super().load_state_dict(state_dict)
+        """Goes on from a `state_dict` of the same optimizer, or of its namesake in torch.optim.
 
-    def _update(self, rule: Optimizer, params: dict[str, Tensor]) -> None:
+        Where the parameters have names in both, each gets the state of its name, else that of its place. State follows
+        the dtype and the device of its parameter, except for counts and other numbers that are kept in float64.
+
+        Raises:
+            FalllineError: when the state is of another optimizer, or of a parameter that is not there.
+        """
+        found: dict[str, Any] = {}
+
+        def before(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            for group in saved["param_groups"]:
+                missing = self.arguments.keys() - group.keys()
+                if missing:
+                    raise FalllineError(
+                        f"this state is of another optimizer: {self.rule.name} has {min(missing)!r}, its groups do not."
+                    )
+            found.update(in_our_order(saved, self.param_groups))
+            return found
+
+        def after(_: torch.optim.Optimizer) -> None:
+            groups = zip(self.param_groups, found["param_groups"], strict=True)
+            for index, (group, saved) in enumerate(groups):
+                plan = self._plan(index, self._given(group))
+                for name, p, number in zip(self._names(index), group["params"], saved["params"], strict=True):
+                    if number in found["state"]:
+                        self.state[p] = exactly(found["state"][number], p, self._first_slots(plan, name, p))
+                if _OWN_KEY not in saved:
+                    counts = [float(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
+                    group[_OWN_KEY] = int(max(counts, default=0))
+
+        hooks = [  # after the user's own hooks that come before, and before those that come after
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _works(self, closure: Callable[[], Any] | None, *, kernels: bool) -> list[_Work]:
+        """What is to be done in this step: the parameters with a gradient, those together that the rule sees so.
+
+        Args:
+            kernels: what a kernel can do is done, and not among it.
+        """
+        if self._evaluating:
+            raise FalllineError("the model has its evaluation parameters: leave evaluation_parameters() before step().")
+        plans, present = [], []
+        for index, (group, schedules) in enumerate(zip(self.param_groups, self.schedules, strict=True)):
+            if schedules:
+                self._refuse_second_schedule(group, schedules)
+            plan = self._plan(index, self._given(group))
+            if kernels and plan.kernel is not None and self._made_by_kernel(plan.kernel, plan, index):
+                continue
+            named = zip(self._names(index), group["params"], strict=True)
+            params = {name: p for name, p in named if p.grad is not None}
+            if params:
+                plans.append(plan)
+                present.append(params)
+        first = plans[0].rule.transforms if plans else ()
+        if len(plans) > 1 and any(t.together or t.surveys is not None for t in first):
+            return [self._joint_work(plans, present, closure)]
+        works = []
+        for plan, params in zip(plans, present, strict=True):
+            pieces = [params] if plan.rule.together else _pieces(params)
+            works += [
+                self._work(plan, own, plan.numbers_on(next(iter(own.values())).device), closure) for own in pieces
+            ]
+        return works
+
+    def _made_by_kernel(self, kernel: Kernel, plan: Plan, index: int) -> bool:
+        """Makes a group's step with torch's kernel, if that takes its tensors as they are."""
+        params, grads = [], []
+        for p in self.param_groups[index]["params"]:
+            grad = p.grad
+            if grad is not None:
+                params.append(p)
+                grads.append(grad)
+        if not params:
+            return True
+        if not suits(kernel, params, grads):
+            return False
+        needed = plan.program.slot_names | {"step"} if kernel.counts else plan.program.slot_names
+        slots = []
+        for i, p in enumerate(self.param_groups[index]["params"]):
+            if p.grad is not None and needed:
+                own = self.state.get(p)
+                if own is None or not needed <= own.keys():
+                    own = self.state[p] = self._slots(plan, self._names(index)[i], p)
+                slots.append(own)
+        if not needed:
+            slots = [{}] * len(params)
+        kernel.run(params, grads, slots, plan.arguments, kernel.fused and suits_fused(params, grads, slots))
+        return True
+
+    def _joint_work(
+        self, plans: list[Plan], present: list[dict[str, Tensor]], closure: Callable[[], Any] | None
+    ) -> _Work:
+        """All groups in one call of the rule, each with its own numbers."""
+        first = plans[0]
+        if any(plan.rule.structure != first.rule.structure for plan in plans):
+            raise InvalidHyperparameter(
+                f"{self.rule.name} acts on all parameters together, so its groups may differ in numbers, but not in "
+                "what is done with them (an option, or weight decay in some of them only)."
+            )
+        params = {name: p for own in present for name, p in own.items()}
+        device = next(iter(params.values())).device
+        group_of = {name: index for index, own in enumerate(present) for name in own}
+        slots = {name: self._slots(plans[group_of[name]], name, p) for name, p in params.items()}
+        numbers = Grouped([plan.numbers_on(device) for plan in plans], group_of)
+        return self._work(first, params, numbers, closure, slots)
+
+    def _work(
+        self,
+        plan: Plan,
+        params: dict[str, Tensor],
+        numbers: Numbers,
+        closure: Callable[[], Any] | None,
+        slots: dict[str, Slots] | None = None,
+    ) -> _Work:
+        step, around = None, None
+        if plan.program.has_phases:
+            done = max(group[_OWN_KEY] for group in self.param_groups)
+            # Steps of one phase go under the number of the first of them, so that they are compiled once.
+            step = self._first_of_phase.setdefault(plan.program.phase(done), done)
+            if plan.program.surveys(step):
+                around = landscape(self.rule.name, params, closure)
+        device = next(iter(params.values())).device
+        if device not in self._begun:
+            self._begun[device] = torch.zeros((), dtype=torch.float64, device=device)
+        if slots is None:
+            slots = {name: self._slots(plan, name, p) for name, p in params.items()}
         grads = {name: _gradient(p) for name, p in params.items()}
-        slots = {name: self._slots(rule, p) for name, p in params.items()}
-        step = torch.zeros((), dtype=torch.float64, device=next(iter(params.values())).device)
-        updates, state = rule.update(grads, {"step": step, "slots": slots}, params)
-        for name, p in params.items():
-            p.add_(updates[name])
-            if state["slots"][name]:
-                self.state[p] = state["slots"][name]
+        return _Work(plan, params, grads, slots, numbers, self._begun[device], step, around)
 
-    def _slots(self, rule: Optimizer, p: Tensor) -> Slots:
+    def _keep(self, works: list[_Work], made: list[dict[str, Slots]]) -> None:
+        """Keeps the new state."""
+        for work, new in zip(works, made, strict=True):
+            for name, p in work.params.items():
+                if new[name]:
+                    self.state[p] = new[name]
+            if work.plan.kernel is not None and work.plan.kernel.counts and "step" not in work.plan.rule.slot_names:
+                count([new[name]["step"] for name in work.params])
+
+    def _advance(self) -> None:
+        for group, schedules in zip(self.param_groups, self.schedules, strict=True):
+            group[_OWN_KEY] += 1
+            for name, schedule in schedules.items():
+                group[name] = self._present(name, schedule, group[_OWN_KEY])
+
+    def _slots(self, plan: Plan, name: str, p: Tensor) -> Slots:
         """The state of a parameter; what a change of the group's arguments adds to it starts as at the first step."""
         kept: Slots = self.state.get(p, {})
-        return kept if rule.slot_names <= kept.keys() else {**rule.init({"": p})["slots"][""], **kept}
+        program, needed = self._needed.get(p, (None, frozenset()))
+        if program is plan.program and needed <= kept.keys():
+            return kept
+        first = self._first_slots(plan, name, p)  # not all parameters need all slots of the rule
+        self._needed[p] = plan.program, frozenset(first)
+        return {**first, **kept}
 
-    def _rule_with(self, index: int, arguments: dict[str, Any]) -> Optimizer:
-        """The optimizer with these arguments; each group's latest one is kept, because they seldom change."""
-        latest, rule = self._rules.get(index, ({}, self.rule))
-        if arguments != latest or index not in self._rules:
-            call = self.rule.call
-            if call is None or _is_chain(self.rule):
-                rule = self.rule.with_numbers(arguments)
-            else:
-                rule = call.function(**arguments)
-            self._rules[index] = (arguments, rule)
-        return rule
+    def _first_slots(self, plan: Plan, name: str, p: Tensor) -> Slots:
+        """The state of a parameter before its first update."""
+        started = plan.program.init({name: p.detach()}, plan.numbers_on(p.device), steps=self.steps, seed=self.seed)
+        made: Slots = started["slots"][name]
+        if plan.kernel is not None and plan.kernel.counts and "step" not in made:
+            made["step"] = torch.zeros((), dtype=torch.float64, device=p.device)
+        return made
+
+    def _evaluation_parameters(self, index: int) -> list[tuple[Tensor, Tensor]]:
+        """The parameters of a group that are evaluated elsewhere, each with the tensor that it is evaluated with."""
+        group, schedules = self.param_groups[index], self.schedules[index]
+        latest = max(group[_OWN_KEY] - 1, 0)
+        given = {**self._given(group), **{n: self._present(n, value, latest) for n, value in schedules.items()}}
+        rule = self._rule(given)
+        first = {name: rule.init({name: p.detach()})["slots"][name] for name, p in self._named(index)}
+        trained = {name: p for name, p in self._named(index) if first[name].keys() <= self.state.get(p, {}).keys()}
+        if not trained:
+            return []
+        state = {"step": torch.zeros((), dtype=torch.float64), "slots": {n: self.state[p] for n, p in trained.items()}}
+        found = rule.evaluation_parameters(state, {name: p.detach() for name, p in trained.items()})
+        return [(p, found[name]) for name, p in trained.items()]
+
+    def _names(self, index: int) -> list[str]:
+        """The names of a group's parameters, or else their running numbers over all groups."""
+        group = self.param_groups[index]
+        if "param_names" in group:
+            return list(group["param_names"])
+        before = sum(len(each["params"]) for each in self.param_groups[:index])
+        return [str(before + i) for i in range(len(group["params"]))]
+
+    def _named(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        return zip(self._names(index), self.param_groups[index]["params"], strict=True)
+
+    def _given(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: plain(group[name]) for name in self.arguments}
+
+    def _plan(self, index: int, arguments: dict[str, Any]) -> Plan:
+        """How the group is updated with these arguments; the latest plan is kept, because they seldom change."""
+        plan = self._plans.get(index)
+        if plan is None or plan.arguments != arguments:
+            rule = self._rule(arguments)
+            others = (other.program for other in self._plans.values())
+            program = next((other for other in others if other.structure == rule.structure), rule)
+            kernel = kernel_of(rule) if not any(follows_schedule(value) for value in arguments.values()) else None
+            plan = self._plans[index] = Plan(arguments, rule, program, kernel)
+        return plan
+
+    def _rule(self, arguments: dict[str, Any]) -> Optimizer:
+        call = self.rule.call
+        if call is None or is_chain(self.rule):
+            return self.rule.with_numbers(arguments)
+        made: Optimizer = call.function(**arguments)
+        return made
 
     def _present(self, name: str, value: Any, done: int) -> Any:
         """A schedule's value after so many updates."""
@@ -124,42 +394,98 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _refuse_second_schedule(self, group: dict[str, Any], schedules: Mapping[str, Any]) -> None:
         for name, schedule in schedules.items():
-            expected = self._present(name, schedule, group["updates_done"])
+            expected = self._present(name, schedule, group[_OWN_KEY])
             if plain(group[name]) != expected:
                 raise InvalidHyperparameter(
                     f"{name} follows {schedule!r} over {self.steps} steps and is {expected!r} after "
-                    f"{group['updates_done']}, but was set to {group[name]!r}: use one schedule, here or outside."
+                    f"{group[_OWN_KEY]}, but was set to {group[name]!r}: use one schedule, here or outside."
                 )
 
+    def _start_afresh(self) -> None:
+        """What is only remembered to save time, and is not copied or saved."""
+        self._plans: dict[int, Plan] = {}
+        self._needed: dict[Tensor, tuple[Optimizer, frozenset[str]]] = {}  # the slots that a parameter has
+        self._begun: dict[torch.device, Tensor] = {}
+        self._first_of_phase: dict[Any, int] = {}
+
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "steps", "seed", "arguments", "schedules", "_rules")
+        own = ("rule", "steps", "seed", "kernels", "arguments", "schedules")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._evaluating = False
+        self._start_afresh()
         for group in self.param_groups:
-            group.setdefault("updates_done", 0)
+            group.setdefault(_OWN_KEY, 0)
 
     def __repr__(self) -> str:
         return f"TorchOptimizer({self.rule!r}, {len(self.param_groups)} parameter group(s))"
 
 
-def _is_chain(rule: Optimizer) -> bool:
-    """Whether a group changes numbers of transforms, not the arguments of one function."""
-    return rule.call is None or bool(rule.call.extra) or not rule.call.arguments
+def _by_rule(work: _Work) -> dict[str, Slots]:
+    """Adds the rule's updates to the parameters; returns the new state."""
+    updates, state = work.plan.program.update(
+        work.grads,
+        {"step": work.begun, "slots": work.slots},
+        work.params,
+        work.numbers,
+        step=work.step,
+        landscape=work.landscape,
+    )
+    slots = {name: _apart(own, work.params[name], work.grads[name]) for name, own in state["slots"].items()}
+    torch._foreach_add_(list(work.params.values()), [updates[name] for name in work.params])
+    return slots
 
 
-def _arguments(rule: Optimizer) -> dict[str, Any]:
-    """What a group may hold: the optimizer's arguments, or the hyperparameters of a chain."""
-    return dict(rule.hyperparameters if _is_chain(rule) or rule.call is None else rule.call.arguments)
+def _apart(own: Slots, *changing: Tensor) -> Slots:
+    """Slots that are the gradient or the parameter itself (Adan keeps the gradient) as copies: both change in place."""
+
+    def is_one(slot: Tensor) -> bool:
+        return any(slot is each or (each.is_complex() and slot._base is each) for each in changing)
+
+    return {name: slot.clone() if is_one(slot) else slot for name, slot in own.items()}
 
 
-def _follows_schedule(value: Any) -> bool:
-    return isinstance(value, Schedule) or (isinstance(value, tuple) and any(_follows_schedule(item) for item in value))
+def _pieces(params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The parameters in parts, each of one device and not much larger than `LARGEST_PIECE`."""
+    pieces: list[dict[str, Tensor]] = []
+    filled: dict[torch.device, int] = {}
+    places: dict[torch.device, dict[str, Tensor]] = {}
+    for name, p in params.items():
+        if filled.get(p.device, LARGEST_PIECE) >= LARGEST_PIECE:
+            places[p.device] = {}
+            pieces.append(places[p.device])
+            filled[p.device] = 0
+        places[p.device][name] = p
+        filled[p.device] += p.numel()
+    return pieces
+
+
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+# A compiled step: what comes before and after the arithmetic runs as it is, so that numbers reach it as tensors.
+@_outside_compilation
+def _begin(optimizer: TorchOptimizer, closure: Callable[[], Any] | None) -> tuple[Any, list[_Work]]:
+    return _evaluated(closure), optimizer._works(closure, kernels=False)
+
+
+@_outside_compilation
+def _end(optimizer: TorchOptimizer, works: list[_Work], made: list[dict[str, Slots]]) -> None:
+    optimizer._keep(works, made)
+    optimizer._advance()
+
+
+_uncompiled = _outside_compilation(_by_rule)
 
 
 def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     if p.grad.is_sparse:
         raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False.")
-    return p.grad
+    return p.grad.detach() if p.grad.requires_grad else p.grad

@@ -79,6 +79,7 @@ class Transform:
             are others than those that are trained.
         phase: (number of the update, from 0) -> what is static about it: whether a preconditioner is renewed, say.
         surveys: (number of the update, from 0) -> whether it looks at the loss around the parameters, too.
+        curves: whether it looks at the curvature there, for which gradients must be differentiable themselves.
         check: refuses a parameter that it cannot train.
         parts: the optimizers inside, each with the names under which its numbers and slots are kept.
     """
@@ -95,6 +96,7 @@ class Transform:
     evaluation: Evaluation | None = None
     phase: Callable[[int], Hashable] | None = None
     surveys: Callable[[int], bool] | None = None
+    curves: bool = False
     check: Callable[[str, Tensor], None] | None = None
     parts: tuple[Stage, ...] = ()
     call: Call | None = None
@@ -117,7 +119,7 @@ class Transform:
             parts = iter(self.parts)
 
             def renewed(value: Any) -> Any:
-                if hasattr(value, "transforms"):
+                if isinstance(value, Transform) or hasattr(value, "transforms"):
                     return value.with_numbers(next(parts).own(values))
                 if isinstance(value, Mapping):
                     return {name: renewed(item) for name, item in value.items()}
@@ -242,7 +244,7 @@ class Grouped(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         first, *others = (group[name] for group in self.groups)
-        if any(not torch.equal(first, other) for other in others):
+        if any(first is not other and not torch.equal(first, other) for other in others):
             raise InvalidHyperparameter(
                 f"{name} acts on all parameters together, so it must be the same in every parameter group."
             )

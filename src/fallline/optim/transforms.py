@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fallline.optim.checks import flag, non_negative, positive, real
+from fallline.optim.checks import flag, in_interval, non_negative, positive, real
 from fallline.optim.description import described
 from fallline.optim.transform import Moment, Number, Numbers, Params, Slots, Transform, cast, per_tensor
 
@@ -39,18 +39,36 @@ def negate() -> Transform:
 
 
 @described
-def add_decayed_weights(weight_decay: Number) -> Transform:
+def add_decayed_weights(weight_decay: Number, *, independent: bool = False) -> Transform:
     """Pulls parameters towards zero: u = g + weight_decay · p.
 
-    Before a `scale_by_*` stage this is the gradient of ½ · weight_decay · |p|² (coupled, as in `adam`); after it, it is
-    decoupled weight decay (as in `adamw`).
+    Where it stands says what it is. Before a `scale_by_*` stage it is the gradient of ½ · weight_decay · |p|² (coupled,
+    as in `adam`). Between that and `scale_by_learning_rate` it is decoupled (as in `adamw`), and the learning rate
+    scales it. Behind the learning rate, with `independent=True`, the rate does not scale it.
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    Args:
+        weight_decay: at least 0.
+        independent: for what comes in as a step, learning rate and sign included: u = g − weight_decay · p.
+
+    Raises:
+        InvalidHyperparameter: for a negative number.
+
+    >>> import torch
+    >>> from fallline.optim import chain
+    >>> p, g = {"w": torch.tensor([2.0])}, {"w": torch.tensor([1.0])}
+    >>> last = add_decayed_weights(0.1, independent=True)
+    >>> rule = chain(scale_by_learning_rate(0.5), last)
+    >>> rule.update(g, rule.init(p), p)[0]["w"]
+    tensor([-0.7000])
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; their decay is the independent one,
+    that of `torch.optim.AdamW` is scaled by the learning rate.
     """
     non_negative("weight_decay", weight_decay)
+    flag("independent", independent)
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
-        (decay,) = cast(g, n["weight_decay"])
+        (decay,) = cast(g, -n["weight_decay"] if independent else n["weight_decay"])
         return g + p * decay, {}
 
     return per_tensor("add_decayed_weights", rule, {"weight_decay": weight_decay}, elementwise=True)
@@ -83,6 +101,64 @@ def trace(momentum: Number, dampening: Number = 0.0, *, nesterov: bool = False) 
 
 
 @described
+def clip_by_value(max_value: Number) -> Transform:
+    """No element larger than `max_value`: u = min(max(g, −max_value), max_value).
+
+    The same as `torch.nn.utils.clip_grad_value_`.
+
+    Args:
+        max_value: above 0.
+
+    Raises:
+        InvalidHyperparameter: for a number that is not above 0.
+
+    >>> import torch
+    >>> from fallline.optim import chain
+    >>> p, g = {"w": torch.zeros(3)}, {"w": torch.tensor([3.0, -0.1, -2.0])}
+    >>> rule = chain(clip_by_value(0.5))
+    >>> rule.update(g, rule.init(p), p)[0]["w"]
+    tensor([ 0.5000, -0.1000, -0.5000])
+    """
+    positive("max_value", max_value)
+
+    def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
+        low, high = cast(g, -n["max_value"], n["max_value"])
+        return torch.clamp(g, low, high), {}
+
+    return per_tensor("clip_by_value", rule, {"max_value": max_value}, elementwise=True)
+
+
+@described
+def clip_by_norm(max_norm: Number) -> Transform:
+    """Shortens the gradient of each parameter to at most `max_norm`: u = g · min(1, max_norm / (‖g‖ + 10⁻⁶)).
+
+    ‖·‖ is the Euclidean norm of one parameter's gradient, so parameters are clipped apart from each other. The same as
+    `torch.nn.utils.clip_grad_norm_` for one parameter at a time.
+
+    Args:
+        max_norm: above 0.
+
+    Raises:
+        InvalidHyperparameter: for a number that is not above 0.
+
+    >>> import torch
+    >>> from fallline.optim import chain
+    >>> p, g = {"w": torch.zeros(2)}, {"w": torch.tensor([3.0, -4.0])}
+    >>> rule = chain(clip_by_norm(1.0))
+    >>> rule.update(g, rule.init(p), p)[0]["w"]
+    tensor([ 0.6000, -0.8000])
+    """
+    positive("max_norm", max_norm)
+
+    def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
+        norm = g.to(torch.float64).square().sum().sqrt()
+        (shrink,) = cast(g, torch.clamp(n["max_norm"] / (norm + 1e-6), max=1.0))
+        return g * shrink, {}
+
+    return per_tensor("clip_by_norm", rule, {"max_norm": max_norm})
+
+
+@described
 def clip_by_global_norm(max_norm: Number) -> Transform:
     """Shortens the whole gradient to at most `max_norm`: u = g · min(1, max_norm / (‖g‖ + 10⁻⁶)).
 
@@ -102,6 +178,76 @@ def clip_by_global_norm(max_norm: Number) -> Transform:
         return {name: u * shrink.to(u.dtype) for name, u in updates.items()}, {}
 
     return Transform("clip_by_global_norm", {"max_norm": max_norm}, apply, together=True)
+
+
+@described
+def centralize() -> Transform:
+    """Gradients with mean 0 per output: u = g − mean(g) over all dimensions but the first.
+
+    Vectors and scalars pass as they are, so that only weights of linear and convolutional layers are centralised.
+
+    >>> import torch
+    >>> from fallline.optim import chain
+    >>> p, g = {"w": torch.zeros(2, 2)}, {"w": torch.tensor([[1.0, 3.0], [5.0, 5.0]])}
+    >>> rule = chain(centralize())
+    >>> rule.update(g, rule.init(p), p)[0]["w"]
+    tensor([[-1.,  1.],
+            [ 0.,  0.]])
+
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", 2020.
+    """
+
+    def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
+        if g.dim() < 2 or g.numel() == 0:
+            return g, {}
+        return g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True), {}
+
+    return per_tensor("centralize", rule, {})
+
+
+@described
+def ema_of_parameters(decay: Number = 0.999) -> Transform:
+    """A running mean of the parameters, with which the model is evaluated: ema = decay · ema + (1 − decay)(p + u).
+
+    What is trained is not changed: u = g. The mean starts at the parameters after the first update, without a bias
+    correction, and `fit` and `sweep` evaluate and keep the model with it. Put it last: what comes in has to be the
+    whole step.
+
+    Args:
+        decay: in [0, 1).
+
+    Raises:
+        InvalidHyperparameter: for a number outside of that.
+
+    >>> import torch
+    >>> from fallline.optim import chain, sgd
+    >>> rule, p, g = chain(sgd(lr=1.0), ema_of_parameters(0.5)), {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    >>> state = rule.init(p)
+    >>> for _ in range(2):
+    ...     updates, state = rule.update(g, state, p)
+    ...     p = {"w": p["w"] + updates["w"]}
+    >>> p["w"], rule.evaluation_parameters(state, p)["w"]
+    (tensor([-2.]), tensor([-1.5000]))
+
+    Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992. Equal to
+    `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)`, updated after every step.
+    """
+    in_interval("decay", decay, 0.0, 1.0, open_high=True)
+
+    def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
+        (enters,) = cast(g, torch.where(slots["step"] == 1, 1.0, 1 - n["decay"]))
+        return g, {"ema": torch.lerp(slots["ema"], p + g, enters)}
+
+    return per_tensor(
+        "ema_of_parameters",
+        rule,
+        {"decay": decay},
+        slots=["ema"],
+        initial=lambda p, n: {"ema": p.clone()},
+        counts=True,
+        elementwise=True,
+        evaluation=lambda p, slots, n: slots["ema"],
+    )
 
 
 def mean_of_squares(mean: Tensor, g: Tensor, keep: Tensor, enter: Tensor) -> Tensor:

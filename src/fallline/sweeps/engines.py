@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fallline.errors import FalllineError, InvalidSweep, nearest
 from fallline.optim import sgd
+from fallline.optim.torch_own import TorchOwn
 from fallline.sweeps.search import Configuration, TrialPlan
 from fallline.sweeps.vectorised import Array, Population
 from fallline.tasks import Task
@@ -128,6 +129,28 @@ def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
     if engine == "vectorised":
         raise InvalidSweep(f"the model cannot be vectorised: {obstacle}. Give engine='sequential' or 'auto'.")
     return EngineChoice("sequential", f"the model cannot be vectorised: {obstacle}")
+
+
+def of_trial(engine: str, plan: TrialPlan) -> str:
+    """The engine that trains a trial of a sweep: one that is no rule trains by itself."""
+    return "sequential" if isinstance(plan.configuration.optimizer, TorchOwn) else engine
+
+
+def for_all(choice: EngineChoice, asked: str, plans: Sequence[TrialPlan]) -> EngineChoice:
+    """The choice for a task's model, seen again with the optimizers that train it.
+
+    Raises:
+        InvalidSweep: for "vectorised" with an optimizer that is no rule.
+    """
+    alone = list(dict.fromkeys(p.configuration.optimizer.name for p in plans if of_trial("", p) == "sequential"))
+    if not alone or choice.engine == "sequential":
+        return choice
+    who = " and ".join(alone)
+    if asked == "vectorised":
+        raise InvalidSweep(f"{who} cannot be vectorised: it is no rule, but torch's own. Give engine='auto'.")
+    if all(of_trial("", plan) == "sequential" for plan in plans):
+        return EngineChoice("sequential", f"{who} is no rule, but torch's own, which trains one trial at a time")
+    return EngineChoice(choice.engine, f"{choice.reason}; {who}, torch's own, trains one trial at a time")
 
 
 def why_not_vectorised(task: Task, device: torch.device) -> str | None:

@@ -30,7 +30,7 @@ LARGEST_STATE = {"cpu": 2**25, "cuda": 2**29}
 
 @dataclass(frozen=True)
 class Pack:
-    """Trials that one worker trains as one population; all have the same loss."""
+    """Trials that one worker trains as one population; all have the same loss and the same engine."""
 
     index: int
     trials: tuple[int, ...]
@@ -95,16 +95,19 @@ class Job:
 def make_packs(
     plans: Sequence[TrialPlan], *, engine: str, device: torch.device, numbers_per_trial: int, workers: int
 ) -> list[Pack]:
-    """Cuts a sweep into packs of one loss, alike in size, trials of the same seed together (they share batches)."""
+    """Cuts a sweep into packs of one loss and one engine, alike in size.
+
+    Trials of the same seed come together, because they share batches.
+    """
     kind = device.type
     largest = max(1, min(LARGEST_PACK[kind], LARGEST_STATE[kind] // max(1, 6 * numbers_per_trial)))
-    if engine == "sequential":
-        largest = 1
     packs: list[Pack] = []
-    for loss in dict.fromkeys(repr(plan.configuration.loss) for plan in plans):
-        own = [plan for plan in plans if repr(plan.configuration.loss) == loss]
+    alike: dict[tuple[str, str], list[TrialPlan]] = {}
+    for plan in plans:
+        alike.setdefault((repr(plan.configuration.loss), engines.of_trial(engine, plan)), []).append(plan)
+    for (_, own_engine), own in alike.items():
         own.sort(key=lambda plan: (plan.seed, plan.index))
-        count = -(-len(own) // largest)
+        count = len(own) if own_engine == "sequential" else -(-len(own) // largest)
         count = min(len(own), -(-count // workers) * workers)
         for part in np.array_split(np.array([plan.index for plan in own]), count):
             packs.append(Pack(len(packs), tuple(int(i) for i in part)))
@@ -119,8 +122,9 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
     """
     plans = [job.plans[i] for i in pack.trials]
     task = job.tasks[repr(plans[0].configuration.loss)]
+    engine = engines.of_trial(job.engine, plans[0])
     population = engines.start(
-        job.engine, task, plans, steps=job.steps, device=job.device, programs=job.programs if job.traced else None
+        engine, task, plans, steps=job.steps, device=job.device, programs=job.programs if job.traced else None
     )
     place = job.folder / "packs" / f"{pack.index:05d}"
     block = _restored(population, place)

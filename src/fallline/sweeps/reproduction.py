@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fallline.optim import Optimizer
 from fallline.optim.catalogue import CATALOGUE
+from fallline.optim.description import code as code_of
+from fallline.optim.torch_own import TorchOwn
 
 PROGRAM = """\
 import torch
 import fallline as fl
-
+{imports}
 task = {task}.check()  # the model factory and the data; the rest is plain PyTorch
 x, y = task.train.x, task.train.y
 
@@ -24,19 +28,34 @@ step = 0
 while step < {steps}:
     indices = {indices}
     for index in indices.split({batch_size}){drop}:
-        optimizer.zero_grad()
-        loss = loss_function(model(x[index]), y[index])
-        loss.backward()
-        optimizer.step()
+{update}
         step += 1
         if step == {steps}:
             break
 
 model.eval()
-with torch.no_grad():
+with torch.no_grad(){evaluation}:
     prediction = model(task.validation.x)
 print("{metric}:", float(task.metric(prediction, task.validation.y)))
 """
+
+
+UPDATE = """\
+        optimizer.zero_grad()
+        loss = loss_function(model(x[index]), y[index])
+        loss.backward()
+        optimizer.step()"""
+
+# For optimizers that ask for the loss and its gradient more than once in a step.
+UPDATE_WITH_CLOSURE = """\
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_function(model(x[index]), y[index])
+            loss.backward({differentiable})
+            return loss
+
+        optimizer.step(closure)"""
 
 
 def code(spec: dict[str, Any], optimizer: Optimizer, loss_code: str, seed: int) -> str:
@@ -48,11 +67,20 @@ def code(spec: dict[str, Any], optimizer: Optimizer, loss_code: str, seed: int) 
     """
     task = spec["task"]
     n, batch_size = task["samples"], task["batch_size"]
+    looks_around = any(transform.surveys is not None for transform in optimizer.transforms)
+    curves = any(transform.curves for transform in optimizer.transforms)
+    update = UPDATE
+    if looks_around or isinstance(optimizer, TorchOwn):
+        differentiable = "create_graph=optimizer.rule.surveys(step)" if curves else ""
+        update = UPDATE_WITH_CLOSURE.format(differentiable=differentiable)
     return PROGRAM.format(
+        imports=imports(optimizer),
+        update=update,
+        evaluation=", optimizer.evaluation_parameters()" if optimizer.moves_evaluation else "",
         task=spec["task_code"],
         seed=seed,
         loss=loss_code or "task.loss",
-        optimizer=optimizer_code(optimizer, spec["steps"]),
+        optimizer=optimizer_code(optimizer, spec["steps"], seed),
         steps=spec["steps"],
         indices=f"torch.randperm({n}, generator=order)" if task["shuffle"] else f"torch.arange({n})",
         batch_size=batch_size,
@@ -61,12 +89,26 @@ def code(spec: dict[str, Any], optimizer: Optimizer, loss_code: str, seed: int) 
     )
 
 
-def optimizer_code(optimizer: Optimizer, steps: int) -> str:
+def imports(optimizer: Optimizer) -> str:
+    """The line that imports the class of an optimizer that is neither torch's nor ours."""
+    if not isinstance(optimizer, TorchOwn):
+        return ""
+    kind = optimizer.made_of[0]
+    return "" if code_of(kind) != kind.__name__ else f"from {kind.__module__} import {kind.__name__}\n"
+
+
+def optimizer_code(optimizer: Optimizer, steps: int, seed: int) -> str:
     """The optimizer as it is made for a model: torch's own where torch has it, else ours as a torch optimizer."""
+    if isinstance(optimizer, TorchOwn):
+        kind, given = optimizer.made_of
+        own = "".join(f", {name}={value!r}" for name, value in given.items())
+        return f"{code_of(kind)}(model.parameters(){own})"
     info = CATALOGUE.get(optimizer.name)
     call = optimizer.call
-    if info is None or call is None or not info.torch_name or any(hasattr(v, "kind") for v in call.arguments.values()):
-        return f"{optimizer!r}.as_torch(model.parameters(), steps={steps})"
+    torch_has_it = info is not None and hasattr(torch.optim, info.torch_name or "-")
+    if info is None or call is None or not torch_has_it or any(hasattr(value, "kind") for value in call.arguments.values()):
+        drawn = f", seed={seed}" if any(name.startswith("seed") for name in optimizer.slot_names) else ""
+        return f"{optimizer!r}.as_torch(model.named_parameters(), steps={steps}{drawn})"
     standard = info.make().call
     assert standard is not None
     told = [

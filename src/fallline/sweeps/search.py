@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fallline.errors import InvalidHyperparameter, InvalidSweep
+from fallline.errors import InvalidSweep
 from fallline.losses import Loss
-from fallline.optim import Optimizer
+from fallline.optim import Optimizer, Schedule, Transform
+from fallline.optim.description import code, leaves
 from fallline.optim.dimensions import Dimension
+from fallline.optim.partitions import Labels
+from fallline.optim.torch_own import TorchOwn
 from fallline.training.fit import learning_rate
 
 
@@ -46,9 +50,9 @@ class TrialPlan:
 def labels(optimizers: Sequence[Optimizer]) -> list[str]:
     """A short, unique name for each optimizer: its name and what is not at its default.
 
-    >>> from fallline.optim import sgd
-    >>> labels([sgd(lr=0.1), sgd(lr=0.1, momentum=0.9), sgd(lr=0.2)])
-    ['sgd', 'sgd momentum=0.9', 'sgd (2)']
+    >>> from fallline.optim import lookahead, sgd
+    >>> labels([sgd(lr=0.1), sgd(lr=0.1, momentum=0.9), sgd(lr=0.2), lookahead(sgd(lr=0.1, momentum=0.9), k=10)])
+    ['sgd', 'sgd momentum=0.9', 'sgd (2)', 'lookahead(sgd momentum=0.9) k=10']
     """
     made: list[str] = []
     for optimizer in optimizers:
@@ -106,20 +110,37 @@ def _choices(optimizer: Optimizer, samples: int, search_seed: int) -> list[dict[
     return [dict(zip(grids, values, strict=True)) | point for values in crossed for point in drawn]
 
 
-def _label(optimizer: Optimizer) -> str:
-    if optimizer.call is None or optimizer.call.extra:
-        stages = [transform.name for transform in optimizer.transforms]
+def _label(optimizer: Optimizer | Transform) -> str:
+    """The name, the optimizers inside in parentheses, and the arguments that are not at their default."""
+    call = optimizer.call
+    if call is None or call.extra:
+        stages = [optimizer.name] if isinstance(optimizer, Transform) else [t.name for t in optimizer.transforms]
         return " + ".join(stages) if stages else optimizer.name
-    try:
-        standard = optimizer.call.function().arguments
-    except (TypeError, InvalidHyperparameter):
-        standard = {}
-    told = [
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in optimizer.arguments.items()
-        if name != "lr" and not isinstance(value, Dimension) and standard.get(name) != value
-    ]
-    lr = optimizer.call.arguments.get("lr")
-    if lr is not None and hasattr(lr, "kind"):
-        told.append(f"lr {lr.kind}")
-    return " ".join([optimizer.name, *told])
+    inside: list[str] = []
+    told: list[str] = []
+    maker, arguments = optimizer.made_of if isinstance(optimizer, TorchOwn) else (call.function, call.arguments)
+    parameters = inspect.signature(maker).parameters
+    for argument, given in arguments.items():
+        if isinstance(given, Optimizer | Transform):
+            inside.append(_label(given))
+            continue
+        if isinstance(given, Mapping) and all(isinstance(each, Optimizer | Transform) for each in given.values()):
+            inside += [f"{key}: {_label(each)}" for key, each in given.items()]
+            continue
+        default = dict(leaves(parameters[argument].default, argument)) if argument in parameters else {}
+        found = [(argument, code(given))] if isinstance(given, Labels) else leaves(given, argument)
+        told += [
+            f"{name}={_value(value)}"
+            for name, value in found
+            if name != "lr" and not isinstance(value, Dimension) and not (name in default and default[name] == value)
+        ]
+        if argument == "lr" and isinstance(given, Schedule):
+            told.append(f"lr {given.kind}")
+    name = f"{optimizer.name}({', '.join(inside)})" if inside else optimizer.name
+    return " ".join([name, *told])
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value.__name__ if inspect.isfunction(value) else str(value)

@@ -156,6 +156,7 @@ def sweep(
     choice = next((c for c in choices if c.engine == "sequential"), choices[0])
     if engine == "auto" and choice.engine == "sequential":
         warnings.warn(f"training one trial at a time: {choice.reason}.", TrainedSequentially, stacklevel=2)
+    choice = engines.for_all(choice, engine, plans)
     parameters = int(str(first.describe()["parameters"]))
     work = float(len(plans)) * budget * parameters * task.batch_size
     processes = _workers(workers, where, len(plans), work)

@@ -83,11 +83,14 @@ def _turn_matrix_products(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             left, right = (graph.call_function(ATEN.transpose.int, (each, 1, 2)) for each in node.args[::-1])
             turned = graph.call_function(ATEN.bmm.default, (left, right))
+            turned.meta["val"] = node.meta["val"].mT
             if only_transposed:
                 for user in users:
                     user.replace_all_uses_with(turned)
             else:
-                node.replace_all_uses_with(graph.call_function(ATEN.transpose.int, (turned, 1, 2)))
+                back = graph.call_function(ATEN.transpose.int, (turned, 1, 2))
+                back.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(back)
     graph.eliminate_dead_code()
 
 

@@ -27,6 +27,7 @@ from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
 from fallline.training.step import Program, gradients
+from fallline.training.trial import state_where
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
@@ -205,6 +206,8 @@ class Population:
         for family, update, state in zip(self.families, updates, states, strict=True):
             rows = slice(family.start, family.stop)
             self._flat[rows].add_(update if unharmed else torch.where(alive[rows], update, 0))
+            if family.optimizer.moves_evaluation and not unharmed:
+                state = state_where(alive[rows], state, family.state)
             family.state = state
         self.step += 1
         return cast(Tensor, losses)

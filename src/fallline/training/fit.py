@@ -143,8 +143,7 @@ def fit(
                 checkpoint.write(folder, record.tensors(), {**identity, "step": trial.step})
                 written = time.monotonic()
     history = record.history()
-    if patience is not None:
-        record.restore_best()
+    record.restore_best()
     return Run(
         trial.module,
         history,
@@ -313,9 +312,8 @@ class _Record:
         return ""
 
     def restore_best(self) -> None:
-        """Puts the model back to its best evaluation."""
-        if self.best_model:
-            self.trial.module.load_state_dict(self.best_model)
+        """Gives the model the parameters of its best evaluation with `patience`, of the latest one without."""
+        self.trial.module.load_state_dict(self.best_model or self.trial.parameters())
 
     def history(self) -> History:
         evaluations = np.array(self.evaluations, dtype=np.float64).reshape(-1, 3)

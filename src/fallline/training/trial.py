@@ -1,7 +1,8 @@
 """A trial under way: one model, one optimizer, one seed. `fit` and the sequential engine both run this.
 
 The model is run as the module that it is, so any module will do. Where the optimizer works element by element and every
-parameter takes part, the parameters are views of one flat vector and the rule is called once per step.
+parameter takes part, the parameters are views of one flat vector and the rule is called once per step. An optimizer
+made by `from_torch` is no rule: it gets a closure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fallline.errors import FalllineError
 from fallline.optim import Landscape, Optimizer, State
+from fallline.optim.torch_own import TorchOwn, state_from_tensors, state_to_tensors
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
@@ -53,7 +56,9 @@ class Trial:
         self.validation = (task.validation.x.to(device), task.validation.y.to(device))
         self.layout: Layout | None = None
         self.flat: Tensor | None = None
+        self.own: torch.optim.Optimizer | None = None
         self.state: State = {}
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._numbers = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in optimizer.numbers.items()}
         self._lay_out()
 
@@ -68,7 +73,7 @@ class Trial:
         with self._own_random_numbers():
             for _ in range(count):
                 losses.append(self._one_step())
-                if self.device.type == "cpu" and not losses[-1].isfinite():
+                if (self.device.type == "cpu" or self.own is not None) and not losses[-1].isfinite():
                     break
         recorded = torch.stack(losses).double().cpu().numpy() if losses else np.zeros(0)
         bad = np.flatnonzero(~np.isfinite(recorded))
@@ -96,8 +101,11 @@ class Trial:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that going on from here needs, as tensors by name."""
         kept = {f"model/{name}": tensor for name, tensor in self._state_of_module().items()}
-        kept["optimizer/step"] = self.state["step"]
-        for name, slots in self.state["slots"].items():
+        if self.own is not None:
+            kept.update({f"optimizer/{name}": t for name, t in state_to_tensors(self.own.state_dict()).items()})
+        else:
+            kept["optimizer/step"] = self.state["step"]
+        for name, slots in self.state.get("slots", {}).items():
             kept.update({f"optimizer/slots/{slot}/{name}": tensor for slot, tensor in slots.items()})
         kept["random/cpu"] = self._random[0]
         if len(self._random) > 1:
@@ -108,6 +116,14 @@ class Trial:
         """Goes back to where `tensors()` were taken, after `step` steps."""
         model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
         self.module.load_state_dict(model)
+        self._random = [t for name, t in sorted(tensors.items()) if name.startswith("random/")]
+        self.step = step
+        self.alive = True
+        self._finite = torch.ones_like(self._finite)
+        if self.own is not None:
+            kept = {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+            self.own.load_state_dict(state_from_tensors({name: tensor.clone() for name, tensor in kept.items()}))
+            return
         slots: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer/slots/"):
@@ -119,21 +135,49 @@ class Trial:
             "step": tensors["optimizer/step"].to(self.device),
             "slots": {**{name: {} for name in self.state["slots"]}, **slots},
         }
-        self._random = [t for name, t in sorted(tensors.items()) if name.startswith("random/")]
-        self.step = step
-        self.alive = True
 
     def _one_step(self) -> Tensor:
         index = self.order.at(self.step).to(self.device)
         x, y = self.train[0].index_select(0, index), self.train[1].index_select(0, index)
+        if self.own is not None:
+            loss = self._own_step(self.own, x, y)
+            self.step += 1
+            return loss
         loss = self.task.loss(self.module(x), y)
         grads = gradients(loss, self.params)
         loss = loss.detach()
         landscape = self.program.landscape(self.params, x, y) if self.optimizer.surveys(self.step) else None
         with torch.no_grad():
-            self._update(grads, torch.isfinite(loss), landscape)
+            self._finite = self._finite & torch.isfinite(loss)  # once diverged, a finite loss is no new life
+            self._update(grads, self._finite, landscape)
         self.step += 1
         return loss
+
+    def _own_step(self, own: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+        """The step of an optimizer made by `from_torch`; returns the loss before it.
+
+        If that is not finite the parameters stay as they are.
+        """
+        losses: list[Tensor] = []
+
+        def closure() -> Any:
+            own.zero_grad()
+            with torch.enable_grad():
+                loss = self.task.loss(self.module(x), y)
+                loss.backward()
+            losses.append(loss.detach())
+            return loss
+
+        before = {name: p.detach().clone() for name, p in self.params.items()}
+        own.step(closure)
+        own.zero_grad()
+        if not losses:
+            raise FalllineError(f"{self.optimizer.name}.step(closure) did not call the closure: it has to.")
+        if not losses[0].isfinite():
+            with torch.no_grad():
+                for name, p in self.params.items():
+                    p.copy_(before[name])
+        return losses[0]
 
     def _update(self, grads: dict[str, Tensor], finite: Tensor, landscape: Landscape | None) -> None:
         """The optimizer's step, unless the loss is not finite: then the parameters stay as they are."""
@@ -142,9 +186,10 @@ class Trial:
         params = self._trained()
         if self.flat is not None and self.layout is not None:
             grads = {FLAT: self.layout.flatten(grads)}
-        updates, self.state = self.optimizer.update(
+        updates, state = self.optimizer.update(
             grads, self.state, params, self._numbers, steps=self.steps, step=self.step, landscape=landscape
         )
+        self.state = state_where(finite, state, self.state) if self.optimizer.moves_evaluation else state
         for name, update in updates.items():
             params[name].add_(torch.where(finite, update, 0))
 
@@ -175,6 +220,9 @@ class Trial:
 
     def _lay_out(self) -> None:
         """Makes the parameters views of one flat vector, where the optimizer allows it."""
+        if isinstance(self.optimizer, TorchOwn):
+            self.own = self.optimizer.as_torch(list(self.params.values()), steps=self.steps, seed=self.seed)
+            return
         dtypes = {p.dtype for p in self.params.values()}
         init = functools.partial(self.optimizer.init, numbers=self._numbers, steps=self.steps, seed=self.seed)
         if self.optimizer.elementwise and len(dtypes) == 1 and not next(iter(dtypes)).is_complex:
@@ -201,6 +249,16 @@ class Trial:
                 torch.cuda.set_rng_state(self._random[1], self.device)
             yield
             self._random = _random_state(self.device)
+
+
+def state_where(condition: Tensor, new: Any, old: Any) -> Any:
+    """The new state of an optimizer where the condition holds, a number or [row, 1], and the old one elsewhere.
+
+    Models that are evaluated with their optimizer's state need one of before they diverged.
+    """
+    if isinstance(new, dict):
+        return {name: state_where(condition, tensor, old[name]) for name, tensor in new.items()}
+    return torch.where(condition.reshape(-1, *[1] * (new.dim() - 1)) if condition.dim() else condition, new, old)
 
 
 def _cuda_index(device: torch.device) -> list[torch.device]:
