@@ -616,7 +616,7 @@ def nothing(step, params):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_zero_gradients_give_no_nan_and_move_nothing_but_decaying_weights(case, dtype):
     optimizer = optimizer_of(case)
     first = params = start(case, dtype)

@@ -1,5 +1,7 @@
 """Real trainers drive the torch adapter, each compared with torch.optim in the same run."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fallline as fl
 
 pytestmark = [
-    pytest.mark.slow,
     # Lightning asks torch's trees in a way that torch has given up.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
@@ -34,7 +35,7 @@ def body() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def lightning():
-    return pytest.importorskip("lightning.pytorch")
+    return importlib.import_module("lightning.pytorch")  # slow to import
 
 
 def lightning_run(lightning, make, folder, *, epochs=2, resume=None):
@@ -116,8 +117,7 @@ class Regression(nn.Module):
 
 @pytest.fixture(scope="module")
 def transformers():
-    pytest.importorskip("accelerate")
-    return pytest.importorskip("transformers")
+    return importlib.import_module("transformers")
 
 
 def transformers_run(transformers, make, folder, model, data, *, epochs=2, resume=None, save="no"):

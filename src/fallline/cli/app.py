@@ -16,6 +16,10 @@ from fallline.cli import options
 if TYPE_CHECKING:
     from fallline.sweeps.result import Result
 
+# Where no terminal watches, a line is as long as it needs to be.
+PIPED_WIDTH = 200
+ROOM_FOR_ALL_COLUMNS = 140
+
 app = typer.Typer(
     help="Find out which loss, optimizer and learning rate train a PyTorch model best, and see why.",
     no_args_is_help=True,
@@ -200,10 +204,9 @@ def optimizers() -> None:
     rows = []
     for info in CATALOGUE.values():
         size, _ = state_of(info.make(**info.valid[0]))
-        source = f"{info.paper} {info.year}"
-        rows.append((info.name, info.formula, f"{size:.2g} × size", source))
-    _list(rows, ("optimizer", "update", "state", "source"))
-    typer.echo("State: numbers kept per number of a 1024 × 1024 matrix. Write NAME, NAME:argument=value,…")
+        rows.append((info.name, f"{size:.2g}", info.formula, f"{info.paper} {info.year}" if info.paper else ""))
+    _list(rows, ("optimizer", "state", "update", "source"))
+    typer.echo("State: numbers kept for each number of a 1024 × 1024 matrix. Use: NAME, NAME:argument=value,…")
     typer.echo("or, of those that go around another, NAME(OTHER). Arguments: help(fl.optim.NAME) in Python.")
 
 
@@ -220,12 +223,18 @@ def _list(rows: Sequence[tuple[str, ...]], titles: Sequence[str] = ()) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    elif len(rows[0]) > 2 and console.width < ROOM_FOR_ALL_COLUMNS:  # the last column under the one before
+        rows = [(*row[:-2], f"{row[-2]}\n{row[-1]}".strip()) for row in rows]
+        titles = titles[:-1]
     table = Table(box=None, show_header=bool(titles), padding=(0, 2, 0, 0))
     for column, title in enumerate(titles or [""] * len(rows[0])):
         table.add_column(title, style="bold" if column == 0 else "", no_wrap=column == 0)
     for row in rows:
         table.add_row(*(text.replace("[", "\\[") for text in row))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def _require_directory(resume: bool, out: Path | None) -> None:

@@ -3,7 +3,7 @@
 Read `base` for what an optimizer is, `transforms` for the stages, `optimizers` for the named ones.
 """
 
-from fallline.optim import schedules
+from fallline.optim import catalogue, schedules
 from fallline.optim.adam_family import (
     adam,
     adamax,
@@ -100,6 +100,7 @@ __all__ = [
     "asgd",
     "by_name",
     "by_shape",
+    "catalogue",
     "cautious",
     "centralize",
     "chain",

@@ -11,6 +11,7 @@ from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import (
+    above_zero,
     decay,
     incoming,
     mean_of_squares,
@@ -41,7 +42,7 @@ def scale_by_adam(
         root_correction2 = (1 - n["beta2"] ** step).sqrt()
         # u = (m / correction1) / (√v / root_correction2 + eps), with the corrections moved into two numbers per step.
         enter1, keep2, enter2 = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"])
-        stretch, floor = cast(g, correction1 / root_correction2, n["eps"] * correction1)
+        stretch, floor = cast(g, correction1 / root_correction2, above_zero(g, n["eps"] * correction1))
         exp_avg = torch.lerp(slots["exp_avg"], g, enter1)
         exp_avg_sq = mean_of_squares(slots["exp_avg_sq"], g, keep2, enter2)
         changed = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -134,7 +135,7 @@ def scale_by_adamax(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
         correction = 1 - n["beta1"] ** slots["step"]
-        enter, keep, floor, stretch = cast(g, 1 - n["beta1"], n["beta2"], n["eps"], 1 / correction)
+        enter, keep, floor, stretch = cast(g, 1 - n["beta1"], n["beta2"], above_zero(g, n["eps"]), 1 / correction)
         exp_avg = torch.lerp(slots["exp_avg"], g, enter)
         exp_inf = torch.maximum(slots["exp_inf"] * keep, g.abs() + floor)
         return exp_avg / exp_inf * stretch, {"exp_avg": exp_avg, "exp_inf": exp_inf}
@@ -200,7 +201,7 @@ def scale_by_nadam(
         mu_next = n["beta1"] * (1 - 0.5 * 0.96 ** ((step + 1) * n["momentum_decay"]))
         mu_product = slots["mu_product"] * mu
         of_mean, of_gradient = cast(g, mu_next / (1 - mu_product * mu_next), (1 - mu) / (1 - mu_product))
-        enter1, keep2, enter2, floor = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"], n["eps"])
+        enter1, keep2, enter2, floor = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"], above_zero(g, n["eps"]))
         (stretch,) = cast(g, (1 - n["beta2"] ** step).rsqrt())
         exp_avg = torch.lerp(slots["exp_avg"], g, enter1)
         exp_avg_sq = mean_of_squares(slots["exp_avg_sq"], g, keep2, enter2)
@@ -264,7 +265,7 @@ def scale_by_radam(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e
         longest = 2 / (1 - n["beta2"]) - 1
         length = longest - 2 * step * decayed / (1 - decayed)
         rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-        enter1, keep2, enter2, floor = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"], n["eps"])
+        enter1, keep2, enter2, floor = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"], above_zero(g, n["eps"]))
         mean, scaled = cast(g, 1 / (1 - n["beta1"] ** step), (rectified * (1 - decayed)).sqrt())
         exp_avg = torch.lerp(slots["exp_avg"], g, enter1)
         exp_avg_sq = mean_of_squares(slots["exp_avg_sq"], g, keep2, enter2)

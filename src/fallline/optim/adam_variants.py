@@ -12,7 +12,7 @@ from fallline.optim.checks import WrongType, flag, in_interval, non_negative, pa
 from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
-from fallline.optim.transforms import decay, incoming, mean_of_squares, scale_by_learning_rate, square_root
+from fallline.optim.transforms import above_zero, decay, incoming, mean_of_squares, scale_by_learning_rate, square_root
 
 
 @described
@@ -364,12 +364,6 @@ def ademamix(
         *decay(weight_decay),
         scale_by_learning_rate(lr),
     )
-
-
-def above_zero(like: Tensor, number: Tensor) -> Tensor:
-    """A number added to a denominator, kept from rounding to zero: 10⁻⁸ is zero in float16, and 0/0 would be NaN."""
-    limits = torch.finfo(like.dtype)
-    return torch.clamp(number, min=max(limits.tiny * limits.eps, 2.0**-126))
 
 
 def _three_betas(value: Any) -> tuple[Number, Number, Number]:

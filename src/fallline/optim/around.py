@@ -14,7 +14,6 @@ from fallline.optim.description import described
 from fallline.optim.transform import (
     OWN_SLOTS,
     Evaluation,
-    Grouped,
     Moment,
     Number,
     Numbers,
@@ -131,11 +130,6 @@ def around(
             **fields,
         },
     )
-
-
-def numbers_of(numbers: Numbers, parameter: str) -> Numbers:
-    """The numbers of one parameter, where they differ from one group of parameters to the next."""
-    return numbers.of(parameter) if isinstance(numbers, Grouped) else numbers
 
 
 def as_transform(optimizer: Optimizer | Transform) -> Transform:

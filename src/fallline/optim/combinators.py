@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fallline.errors import InvalidHyperparameter, Unsupported
 from fallline.optim.adam_family import adam, adamw
-from fallline.optim.around import around, as_transform, combinator, numbers_of
+from fallline.optim.around import around, as_transform, combinator
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, in_interval, whole
 from fallline.optim.description import described
@@ -24,7 +24,19 @@ from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.landscape import Landscape
 from fallline.optim.schedules import Schedule
 from fallline.optim.signs import lion
-from fallline.optim.transform import Grouped, Moment, Number, Numbers, Params, Seed, Slots, Stage, Transform, cast
+from fallline.optim.transform import (
+    Grouped,
+    Moment,
+    Number,
+    Numbers,
+    Params,
+    Seed,
+    Slots,
+    Stage,
+    Transform,
+    cast,
+    numbers_of,
+)
 
 # Stages that come after the direction has been found: they are no part of what `cautious` masks.
 AFTER_THE_DIRECTION = ("add_decayed_weights", "scale_by_learning_rate", "ema_of_parameters")

@@ -26,7 +26,7 @@ from fallline.optim.transform import (
     cast,
     initially,
 )
-from fallline.optim.transforms import decay, scale_by_learning_rate
+from fallline.optim.transforms import above_zero, decay, scale_by_learning_rate
 
 
 @combinator
@@ -120,7 +120,7 @@ def scale_by_sophia(
                 curvatures[name] = torch.lerp(mean, signs[name] * products[name], enter)
         directions, changed = {}, {}
         for name, g in updates.items():
-            enter, floor, scale = cast(g, 1 - n["beta1"], n["eps"], n["gamma"])
+            enter, floor, scale = cast(g, 1 - n["beta1"], above_zero(g, n["eps"]), n["gamma"])
             exp_avg = torch.lerp(slots[name]["exp_avg"], g, enter)
             bent = torch.maximum(curvatures[name] * scale, floor)
             directions[name] = torch.clamp(exp_avg / bent, -1, 1)

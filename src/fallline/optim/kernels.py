@@ -147,7 +147,8 @@ def _through(function: Callable[..., None], *names: str, fusible: bool = False, 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FULL = (torch.float32, torch.float64)
-_REAL = (*_FULL, torch.float16, torch.bfloat16)
+# In float16 torch's smallest eps is 0, and 0 / 0 no update.
+_REAL = (*_FULL, torch.bfloat16)
 _ONLY_AT_THE_START = {torch_adagrad: ("initial_accumulator_value",), torch_rprop: ("lr",)}
 _ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 KERNELS: dict[Callable[..., Any], Kernel] = {

@@ -17,7 +17,6 @@ from fallline.optim.checks import flag, in_interval, non_negative, pair_of_betas
 from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import (
-    Grouped,
     Moment,
     Number,
     Numbers,
@@ -26,8 +25,9 @@ from fallline.optim.transform import (
     Transform,
     cast,
     initially,
+    numbers_of,
 )
-from fallline.optim.transforms import add_decayed_weights, mean_of_squares, square_root
+from fallline.optim.transforms import above_zero, add_decayed_weights, mean_of_squares, square_root
 
 # Kept by both, besides sums of their own: d, the d of the update before, and how many updates there were.
 SHARED = ("d", "d_before", "updates")
@@ -101,8 +101,8 @@ def scale_by_prodigy(
         size = torch.where(moves, -rate * d, 0.0)
         steps = {}
         for key, own in changed.items():
-            u = _scaled(own["exp_avg"], own["exp_avg_sq"], _of(n, key)["eps"] * (new_d / d))
-            steps[key] = _step(u, params[key], size, _of(n, key)["weight_decay"] if decays else None)
+            u = _scaled(own["exp_avg"], own["exp_avg_sq"], numbers_of(n, key)["eps"] * (new_d / d))
+            steps[key] = _step(u, params[key], size, numbers_of(n, key)["weight_decay"] if decays else None)
             own.update(kept)
         return steps, changed
 
@@ -157,7 +157,7 @@ def scale_by_d_adaptation(
         for key, g in updates.items():
             own = slots[key]
             k1, e1, k2, e2, k3, e3, relative = cast(g, keep1, enter1, keep2, enter2, keep3, enter3, shrink)
-            overlaps.append(_inner(g, _scaled(own["s"] * relative, own["exp_avg_sq"], _of(n, key)["eps"])))
+            overlaps.append(_inner(g, _scaled(own["s"] * relative, own["exp_avg_sq"], numbers_of(n, key)["eps"])))
             changed[key] = {
                 "exp_avg": own["exp_avg"] * k1 + g * e1,
                 "exp_avg_sq": mean_of_squares(own["exp_avg_sq"], g, k2, e2),
@@ -174,8 +174,8 @@ def scale_by_d_adaptation(
         size = torch.where(moves, -d, 0.0)
         steps = {}
         for key, own in changed.items():
-            u = _scaled(own["exp_avg"], own["exp_avg_sq"], _of(n, key)["eps"])
-            steps[key] = _step(u, params[key], size, _of(n, key)["weight_decay"] * rate if decays else None)
+            u = _scaled(own["exp_avg"], own["exp_avg_sq"], numbers_of(n, key)["eps"])
+            steps[key] = _step(u, params[key], size, numbers_of(n, key)["weight_decay"] * rate if decays else None)
             own.update(kept)
         return steps, changed
 
@@ -350,11 +350,6 @@ def _shared(slots: Mapping[str, Slots], names: tuple[str, ...]) -> Slots:
     return {name: torch.stack([own[name] for own in every]).gather(0, latest).squeeze(0) for name in names}
 
 
-def _of(n: Numbers, key: str) -> Numbers:
-    """The numbers of a parameter's group."""
-    return n.of(key) if isinstance(n, Grouped) else n
-
-
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum()
 
@@ -367,8 +362,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def _scaled(m: Tensor, v: Tensor, eps: Tensor) -> Tensor:
     """m / (√v + eps), where half precision may not round eps to 0."""
-    (floor,) = cast(v, eps)
-    return m / (square_root(v) + torch.clamp(floor, min=torch.finfo(v.dtype).tiny))
+    (floor,) = cast(v, above_zero(v, eps))
+    return m / (square_root(v) + floor)
 
 
 def _step(u: Tensor, p: Tensor, size: Tensor, decay: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from fallline.optim.checks import WrongType, flag, in_interval, non_negative, re
 from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
-from fallline.optim.transforms import decay, incoming, scale_by_learning_rate
+from fallline.optim.transforms import above_zero, decay, incoming, scale_by_learning_rate
 
 # torch multiplies bfloat16 matrices with up to so many products one way on CPUs, and larger ones another way.
 SMALL_PRODUCT = 16**3
@@ -53,7 +53,7 @@ def scale_by_factored_rms(beta2_decay: Number = -0.8, eps1: Number | None = None
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
         (enter,) = cast(g, slots["step"] ** n["beta2_decay"])
         unit = n["eps1"] if "eps1" in n else torch.full_like(slots["step"], torch.finfo(p.dtype).eps)
-        lowest, lowest_square = cast(g, unit, unit * unit)
+        lowest, lowest_square = cast(g, above_zero(g, unit), above_zero(g, unit * unit))
         if g.dim() < 2:
             changed = {"variance": slots["variance"] + (g * g - slots["variance"]) * enter}
             estimate = changed["variance"]

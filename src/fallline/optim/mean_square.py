@@ -11,6 +11,7 @@ from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import (
+    above_zero,
     incoming,
     mean_of_squares,
     scale_by_learning_rate,
@@ -31,7 +32,7 @@ def scale_by_rms(alpha: Number = 0.99, eps: Number = 1e-8, *, centered: bool = F
     flag("centered", centered)
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
-        keep, enter, floor = cast(g, n["alpha"], 1 - n["alpha"], n["eps"])
+        keep, enter, floor = cast(g, n["alpha"], 1 - n["alpha"], above_zero(g, n["eps"]))
         square_avg = mean_of_squares(slots["square_avg"], g, keep, enter)
         changed = {"square_avg": square_avg}
         spread = square_avg
@@ -99,7 +100,7 @@ def scale_by_root_of_sum(initial_accumulator_value: Number = 0.0, eps: Number = 
         return {"sum": torch.zeros_like(p) + n["initial_accumulator_value"].to(p.dtype)}
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
-        (floor,) = cast(g, n["eps"])
+        (floor,) = cast(g, above_zero(g, n["eps"]))
         total = torch.addcmul(slots["sum"], g, g)
         return g / (square_root(total) + floor), {"sum": total}
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fallline.errors import InvalidHyperparameter, nearest
 from fallline.optim.adam_family import adam, adamw
-from fallline.optim.around import around, combinator, numbers_of
+from fallline.optim.around import around, combinator
 from fallline.optim.base import Optimizer
 from fallline.optim.checks import WrongType
 from fallline.optim.description import Call, described, remembers_its_call
 from fallline.optim.gradient_descent import sgd
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.matrices import muon
-from fallline.optim.transform import Grouped, Moment, Number, Numbers, Params, Seed, Slots, Stage, Transform
+from fallline.optim.transform import Grouped, Moment, Number, Numbers, Params, Seed, Slots, Stage, Transform, numbers_of
 
 Label = Callable[[str, Tensor], str]
 

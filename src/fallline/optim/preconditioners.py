@@ -78,7 +78,7 @@ def scale_by_shampoo(
     slots = [f"{slot}_{i}" for i in range(MOST_DIMENSIONS) for slot in ("statistics", "root")]
     numbers = {"eps": eps, **({"momentum": momentum} if averages else {})}
     return per_tensor(
-        "scale_by_shampoo", rule, numbers,  # type: ignore[arg-type]
+        "scale_by_shampoo", rule, numbers,
         slots=[*slots, *(["exp_avg"] if averages else [])], initial=initial,
         check=_not_too_many_dimensions, phase=lambda step: step % precondition_frequency == 0,
     )  # fmt: skip
@@ -204,7 +204,7 @@ def scale_by_soap(
     if shampoo_beta is not None:
         numbers["shampoo_beta"] = shampoo_beta
     return per_tensor(
-        "scale_by_soap", rule, numbers,  # type: ignore[arg-type]
+        "scale_by_soap", rule, numbers,
         slots=["exp_avg", "exp_avg_sq", *kept], initial=initial,
         counts=True, check=_not_too_many_dimensions, phase=phase,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.schedules import Schedule
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
-from fallline.optim.transforms import decay, incoming, mean_of_squares, square_root
+from fallline.optim.transforms import above_zero, decay, incoming, mean_of_squares, square_root
 
 
 @described
@@ -99,10 +99,8 @@ def scale_by_second_moment(beta2: Number = 0.999, eps: Number = 1e-8) -> Transfo
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
         root_correction = (1 - n["beta2"] ** slots["step"]).sqrt()
-        keep, enter, stretch, floor = cast(g, n["beta2"], 1 - n["beta2"], 1 / root_correction, n["eps"])
+        keep, enter, stretch, floor = cast(g, n["beta2"], 1 - n["beta2"], 1 / root_correction, above_zero(g, n["eps"]))
         exp_avg_sq = mean_of_squares(slots["exp_avg_sq"], g, keep, enter)
-        # Half precision rounds 10⁻⁸ to 0, and 0 / 0 is no update.
-        floor = torch.clamp(floor, min=torch.finfo(g.dtype).tiny)
         return g / (square_root(exp_avg_sq) * stretch + floor), {"exp_avg_sq": exp_avg_sq}
 
     numbers = {"beta2": beta2, "eps": eps}

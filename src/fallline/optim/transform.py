@@ -24,7 +24,8 @@ Number = float | Schedule | Dimension
 Params = Mapping[str, Tensor]
 Slots = dict[str, Tensor]
 Numbers = Mapping[str, Tensor]
-Rule = Callable[[Tensor, Slots, Tensor, Numbers], tuple[Tensor, Slots]]
+# (update, slots, parameter, numbers) -> (update, changed slots); with phases, the phase is a fifth argument.
+Rule = Callable[..., tuple[Tensor, Slots]]
 # The slots that the optimizer keeps itself, for the transforms that ask for them.
 OWN_SLOTS = ("step", "seed")
 
@@ -194,14 +195,12 @@ def per_tensor(
         new_updates, changed = {}, {}
         extra = () if phase is None else (moment.phase,)
         for key, update in updates.items():
-            own = numbers.of(key) if isinstance(numbers, Grouped) else numbers
-            new_updates[key], changed[key] = rule(update, state[key], parameters[key], own, *extra)
+            new_updates[key], changed[key] = rule(update, state[key], parameters[key], numbers_of(numbers, key), *extra)
         return new_updates, changed
 
     def evaluated(parameters: Params, state: Mapping[str, Slots], numbers: Numbers) -> dict[str, Tensor]:
         assert evaluation is not None
-        each = ((key, numbers.of(key) if isinstance(numbers, Grouped) else numbers) for key in parameters)
-        return {key: evaluation(parameters[key], state[key], own) for key, own in each}
+        return {key: evaluation(parameters[key], state[key], numbers_of(numbers, key)) for key in parameters}
 
     return Transform(
         name,
@@ -255,6 +254,11 @@ class Grouped(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.groups[0])
+
+
+def numbers_of(numbers: Numbers, parameter: str) -> Numbers:
+    """The numbers of one parameter, where they differ from one group of parameters to the next."""
+    return numbers.of(parameter) if isinstance(numbers, Grouped) else numbers
 
 
 @dataclass(frozen=True)

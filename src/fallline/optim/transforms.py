@@ -270,3 +270,9 @@ def decay(weight_decay: Number) -> list[Transform]:
     """The stage of weight decay, unless there is none."""
     non_negative("weight_decay", weight_decay)
     return [] if weight_decay == 0 else [add_decayed_weights(weight_decay)]
+
+
+def above_zero(like: Tensor, number: Tensor) -> Tensor:
+    """A number added to a denominator, kept from rounding to zero: 10⁻⁸ is zero in float16, and 0/0 would be NaN."""
+    limits = torch.finfo(like.dtype)
+    return torch.clamp(number, min=max(limits.tiny * limits.eps, 2.0**-126))

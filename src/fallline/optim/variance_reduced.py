@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fallline.optim.adam_variants import above_zero
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, flag, in_interval, non_negative, pair_of_betas
 from fallline.optim.description import described
@@ -25,7 +24,7 @@ from fallline.optim.transform import (
     initially,
     per_tensor,
 )
-from fallline.optim.transforms import decay, mean_of_squares, negate, scale_by_learning_rate, square_root
+from fallline.optim.transforms import above_zero, decay, mean_of_squares, negate, scale_by_learning_rate, square_root
 
 
 @described

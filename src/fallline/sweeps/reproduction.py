@@ -106,7 +106,8 @@ def optimizer_code(optimizer: Optimizer, steps: int, seed: int) -> str:
     info = CATALOGUE.get(optimizer.name)
     call = optimizer.call
     torch_has_it = info is not None and hasattr(torch.optim, info.torch_name or "-")
-    if info is None or call is None or not torch_has_it or any(hasattr(value, "kind") for value in call.arguments.values()):
+    scheduled = call is not None and any(hasattr(value, "kind") for value in call.arguments.values())
+    if info is None or call is None or not torch_has_it or scheduled:
         drawn = f", seed={seed}" if any(name.startswith("seed") for name in optimizer.slot_names) else ""
         return f"{optimizer!r}.as_torch(model.named_parameters(), steps={steps}{drawn})"
     standard = info.make().call
