@@ -11,6 +11,7 @@ torch's forms. A second table has a model of six 64×64 matrices, where what cou
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -66,12 +67,17 @@ def contenders(info: OptimizerInfo, shapes: list[tuple[int, ...]], device: torch
         alone.kernels = False
         made["the rule"] = alone.step
     kind: Any = getattr(torch.optim, info.torch_name, None) if info.torch_name else None
-    for form, keywords in FORMS.items() if kind is not None else ():
+    if kind is None:
+        return made
+    taken = inspect.signature(kind).parameters
+    for form, keywords in FORMS.items():
+        if form != "for-loop" and not keywords.keys() <= taken.keys():
+            continue
         try:
-            made[form] = kind(params, **arguments, **keywords).step
+            made[form] = kind(params, **arguments, **{name: v for name, v in keywords.items() if name in taken}).step
             made[form]()
-        except (TypeError, RuntimeError, ValueError):
-            made.pop(form, None)  # torch has no such form of it, or not on this device
+        except RuntimeError:
+            made.pop(form, None)  # torch has no such form of it on this device
     return made
 
 

@@ -6,10 +6,6 @@ The configurations and error cases are those of `torch.testing._internal.common_
 makes its own tests. Every configuration trains tensors of several shapes in float64, with torch's class and with each
 library's optimizer of that name, given the same arguments. What torch refuses must be refused.
 
-The reference is torch's class under `torch.set_default_dtype(torch.float64)`: otherwise torch keeps some of its numbers
-(NAdam's product of momenta, ASGD's rate) in float32. Everything else runs under the usual default dtype, torch's class
-itself included, so that the table also shows how far torch is from itself.
-
 torch's internal test modules need the package `expecttest`. Libraries that are not installed are reported as such.
 """
 
@@ -192,9 +188,8 @@ largest relative difference is given. It is *unsupported* when making the optimi
 case is *same* when an error of torch's type is raised (or its warning given), *other* when another error is raised,
 *accepted* when none is.
 
-The reference is torch's class under `torch.set_default_dtype(torch.float64)`, everything else runs under the usual
-float32. "torch itself" therefore shows where torch rounds numbers of its own to float32. "The rule" is fallline's pure
-update, which the engines run; "as_torch" is the optimizer to take away, which uses torch's kernels where it can.
+"The rule" is fallline's pure update, which the engines run; "as_torch" is the optimizer to take away, which uses
+torch's kernels where it can.
 
 Python {python}, {versions}.
 
@@ -209,10 +204,8 @@ torch's own classes under another name are left out of the counts.
 
 ## Reading
 
-- torch is not equal to itself under its two default dtypes: NAdam keeps its product of momenta, and ASGD its learning
-  rate, in float32 however exact the parameters are. fallline computes both in float64, and so equals the exact ones.
-- fallline's one difference is Muon with its learning rate in a float32 tensor: torch then rounds 1 − lr · weight_decay
-  to float32, fallline takes the tensor's value. With the same value as a number the two agree.
+- torch keeps NAdam's product of momenta and ASGD's rate in float32, however exact the parameters are, and computes with
+  the learning rate of Muon in float32 when that is given as such a tensor. fallline follows it in this.
 - fallline has no rules for LBFGS and SparseAdam; `fl.optim.from_torch` trains with torch's own.
 - pytorch_optimizer hands out torch's own classes for six names. What it has of its own under torch's names are mostly
   other variants: Adafactor, Adamax, ASGD, Muon and RAdam go another way by percents and more, with torch's arguments.
@@ -223,7 +216,6 @@ torch's own classes under another name are left out of the counts.
 
 
 LIBRARIES: dict[str, tuple[str, Callable[[type], Candidate | None]]] = {
-    "torch itself": ("torch", torchs),
     "fallline, the rule": ("fallline", fallline_rule),
     "fallline, as_torch": ("fallline", fallline_as_torch),
     "pytorch_optimizer": ("pytorch_optimizer", pytorch_optimizer),
@@ -273,9 +265,7 @@ def compare_valid(
 ) -> None:
     for each in inputs:
         with contextlib.redirect_stdout(io.StringIO()):
-            torch.set_default_dtype(torch.float64)
             expected = reference.run(copy.deepcopy(each.kwargs), start(name), steps)
-            torch.set_default_dtype(torch.float32)
         check_not_degenerate(name, each.kwargs, expected, steps)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -353,7 +343,7 @@ def compare(steps: int) -> dict[str, dict[str, Row | None]]:
 
 
 def markdown(table: dict[str, dict[str, Row | None]], steps: int) -> str:
-    packages = dict.fromkeys(package for package, _ in LIBRARIES.values())
+    packages = dict.fromkeys(["torch", *(package for package, _ in LIBRARIES.values())])
     versions = ", ".join(f"{package} {installed(package) or 'not installed'}" for package in packages)
     lines = INTRODUCTION.format(steps=steps, rtol=RTOL, atol=ATOL, python=platform.python_version(), versions=versions)
     lines = lines.strip("\n").splitlines()

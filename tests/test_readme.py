@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+import fallline as fl
 from fallline.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
@@ -24,8 +27,24 @@ def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
         assert "mse" in capsys.readouterr().out
         assert (tmp_path / "sine.html").stat().st_size > 100_000
         assert isinstance(names["optimizer"], names["torch"].optim.Optimizer)
-    else:
+    elif number == 1:
         assert float(names["params"]["w"][0]) == pytest.approx(0.999, abs=1e-5)
+    else:
+        told, shown = capsys.readouterr().out, blocks("text")[1]
+        for text in (told, shown):  # what is shown is what it prints, but for the machine's round-off
+            assert re.search(r"adam at lr 0\.03162 reaches an accuracy of 0\.9[67]", text)
+            assert re.search(r"1 +adam .*\n *2 +signum", text)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python", OPTIMIZERS))))
+def test_python_blocks_about_optimizers_run(number):
+    exec(blocks("python", OPTIMIZERS)[number], {})
+
+
+def test_every_optimizer_is_in_the_document_about_them():
+    for name in fl.optim.catalogue.CATALOGUE:
+        assert f"`{name}`" in OPTIMIZERS, name
+    assert f"There are {len(fl.optim.catalogue.CATALOGUE)} named ones" in README
 
 
 def test_the_losses_of_the_line_are_those_that_the_command_prints(monkeypatch, capsys):
@@ -34,7 +53,7 @@ def test_the_losses_of_the_line_are_those_that_the_command_prints(monkeypatch, c
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    (shown,) = blocks("text")
+    shown = blocks("text")[0]
     assert capsys.readouterr().out.startswith(shown)
     assert shown.count("Epoch") == 10
 

@@ -31,7 +31,6 @@ except ImportError:
     sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
 import torch
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
-torch.set_default_dtype(torch.float64)  # of learning rates that are tensors: torch computes with them in their dtype
 dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 found = {}
 for info in optim_db:
@@ -164,10 +163,10 @@ def as_torch(name, kwargs, dtype, steps=STEPS) -> tuple[dict, dict]:
     return {key: p.detach() for key, p in params.items()}, {key: dict(optimizer.state[p]) for key, p in params.items()}
 
 
-@pytest.fixture
-def everything_in_float64():
-    """torch's single numbers in the state (NAdam's product, ASGD's rate) have the default dtype, ours are float64."""
-    torch.set_default_dtype(torch.float64)
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def default_dtype(request):
+    """torch keeps single numbers of the state (NAdam's product, ASGD's rate) in the default dtype, and so do we."""
+    torch.set_default_dtype(request.param)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -181,7 +180,7 @@ def assert_close(mine, theirs, where, *, rtol, atol):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("everything_in_float64")
+@pytest.mark.usefixtures("default_dtype")
 def test_fifty_steps_in_float64_equal_torch(name):
     for desc, kwargs in configurations(name):
         theirs, their_state = torchs(name, kwargs, torch.float64)
@@ -195,7 +194,7 @@ def test_fifty_steps_in_float64_equal_torch(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REAL_ONLY])
-@pytest.mark.usefixtures("everything_in_float64")
+@pytest.mark.usefixtures("default_dtype")
 def test_fifty_steps_with_complex_parameters_equal_torch(name):
     for desc, kwargs in configurations(name):
         theirs, _ = torchs(name, kwargs, torch.complex128)
@@ -254,7 +253,7 @@ def test_arguments_are_torchs_in_torchs_order_with_torchs_defaults(name):
         assert mine[key].default == p.default, key
 
 
-@pytest.mark.usefixtures("everything_in_float64")
+@pytest.mark.usefixtures("default_dtype")
 def test_adafactor_bounds_the_mean_of_the_rows_from_below():
     """Where it is below eps1, but the rows times the columns are not: for gradients of some 0.7 with eps1 = 0.5."""
     p = nn.Parameter(torch.ones(2, 3))

@@ -12,6 +12,7 @@ from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import (
     above_zero,
+    as_torch_keeps_it,
     decay,
     incoming,
     mean_of_squares,
@@ -193,14 +194,15 @@ def scale_by_nadam(
     non_negative("momentum_decay", momentum_decay)
 
     def starting(p: Tensor, n: Numbers) -> dict[str, Tensor | None]:
-        return {"mu_product": torch.ones_like(n["beta1"])}
+        return {"mu_product": as_torch_keeps_it(torch.ones_like(n["beta1"]))}
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
         step = slots["step"]
         mu = n["beta1"] * (1 - 0.5 * 0.96 ** (step * n["momentum_decay"]))
         mu_next = n["beta1"] * (1 - 0.5 * 0.96 ** ((step + 1) * n["momentum_decay"]))
-        mu_product = slots["mu_product"] * mu
-        of_mean, of_gradient = cast(g, mu_next / (1 - mu_product * mu_next), (1 - mu) / (1 - mu_product))
+        mu_product = slots["mu_product"] * mu.to(slots["mu_product"].dtype)
+        product = mu_product.double()
+        of_mean, of_gradient = cast(g, mu_next / (1 - product * mu_next), (1 - mu) / (1 - product))
         enter1, keep2, enter2, floor = cast(g, 1 - n["beta1"], n["beta2"], 1 - n["beta2"], above_zero(g, n["eps"]))
         (stretch,) = cast(g, (1 - n["beta2"] ** step).rsqrt())
         exp_avg = torch.lerp(slots["exp_avg"], g, enter1)

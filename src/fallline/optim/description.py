@@ -177,6 +177,10 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+class SinglePrecision(float):
+    """A number that was given as a float32 tensor, in which precision `torch.optim.Muon` then computes with it."""
+
+
 def plain(value: Any) -> Any:
     """Numbers of numpy and torch as Python's, lists as tuples: what can be compared, printed and written to JSON."""
     if isinstance(value, tuple | list):
@@ -185,10 +189,11 @@ def plain(value: Any) -> Any:
         return tuple(plain(item) for item in value)
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
-    if type(value) in (bool, int, float, str):
+    if type(value) in (bool, int, float, str, SinglePrecision):
         return value
     if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
-        return value.item()
+        single = hasattr(value, "requires_grad") and str(value.dtype) == "torch.float32"
+        return SinglePrecision(value.item()) if single else value.item()
     return float(value) if isinstance(value, Real) else value
 
 
@@ -266,7 +271,7 @@ def code(value: Any, prefix: str = "") -> str:
 
 def _name_of(function: Callable[..., Any], prefix: str) -> str:
     """The name under which a function or class is used: that of fallline's own behind the prefix, torch's in full."""
-    module = function.__module__
+    module = function.__module__ or ""  # None in code that exec runs
     if module.startswith("torch.optim"):
         return f"torch.optim.{function.__name__}"
     if not module.startswith("fallline.optim."):

@@ -15,6 +15,7 @@ from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import (
+    as_torch_keeps_it,
     incoming,
     negate,
     scale_by_learning_rate,
@@ -78,23 +79,24 @@ def scale_by_asgd(lr: Number = 1e-2, lambd: Number = 1e-4, alpha: Number = 0.75,
 
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the learning rate is
     that of Bottou's sgd. Arithmetic as in `torch.optim.ASGD`: λ stands for both, and η is one step behind lr.
+    Like torch, η is kept in float32 unless torch's default dtype is float64.
     """
     non_negative("lr", lr)
     for name, value in (("lambd", lambd), ("alpha", alpha), ("t0", t0)):
         real(name, value)
 
     def starting(p: Tensor, n: Numbers) -> dict[str, Tensor | None]:
-        return {"eta": n["lr"].clone(), "mu": torch.ones_like(n["lr"])}
+        return {"eta": as_torch_keeps_it(n["lr"].clone()), "mu": as_torch_keeps_it(torch.ones_like(n["lr"]))}
 
     def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
-        step, mu = slots["step"], slots["mu"]
-        shrink, size, share = cast(g, n["lambd"] * slots["eta"], slots["eta"], mu)
+        step, mu, eta = slots["step"], slots["mu"], slots["eta"].double()
+        shrink, size, share = cast(g, n["lambd"] * eta, eta, mu)
         u = p * shrink + g * size
         moved = p - u
         return u, {
             "ax": torch.where(mu == 1, moved, slots["ax"] + (moved - slots["ax"]) * share),
-            "eta": n["lr"] / (1 + n["lambd"] * n["lr"] * step) ** n["alpha"],
-            "mu": 1 / torch.clamp(step - n["t0"], min=1),
+            "eta": (n["lr"] / (1 + n["lambd"] * n["lr"] * step) ** n["alpha"]).to(slots["eta"].dtype),
+            "mu": (1 / torch.clamp(step - n["t0"], min=1)).to(mu.dtype),
         }
 
     numbers = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0}

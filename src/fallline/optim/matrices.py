@@ -12,7 +12,7 @@ from torch import Tensor
 from fallline.errors import InvalidHyperparameter
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, flag, in_interval, non_negative, real
-from fallline.optim.description import described
+from fallline.optim.description import SinglePrecision, described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import above_zero, decay, incoming, scale_by_learning_rate
@@ -222,6 +222,31 @@ def scale_by_muon(
 
 
 @described
+def scale_by_single_learning_rate(lr: Number, weight_decay: Number = 0.0, adjust_lr_fn: str | None = None) -> Transform:
+    """Muon's step with a learning rate that torch has as a float32 tensor: lr · s and lr · weight_decay are rounded.
+
+    Args:
+        lr: learning rate, at least 0.
+        weight_decay: at least 0, decoupled.
+        adjust_lr_fn: the s by which `scale_by_muon` stretched what comes in.
+
+    Source: `torch.optim.Muon`.
+    """
+    non_negative("lr", lr)
+    non_negative("weight_decay", weight_decay)
+
+    def rule(g: Tensor, slots: Slots, p: Tensor, n: Numbers) -> tuple[Tensor, Slots]:
+        stretch = _stretch(p.shape, adjust_lr_fn)
+        rate = n["lr"].to(torch.float32)
+        kept = 1 - rate * n["weight_decay"].to(torch.float32)
+        size, shrink = cast(g, (rate * stretch).double() / stretch, 1 - kept.double())
+        return -(g * size + p * shrink), {}
+
+    numbers = {"lr": lr, "weight_decay": weight_decay}
+    return per_tensor("scale_by_single_learning_rate", rule, numbers)
+
+
+@described
 def muon(
     lr: Number = 1e-3,
     weight_decay: Number = 0.1,
@@ -265,6 +290,8 @@ def muon(
         ns_steps=ns_steps,
         adjust_lr_fn=adjust_lr_fn,
     )
+    if isinstance(lr, SinglePrecision):
+        return chain(scaling, scale_by_single_learning_rate(lr, weight_decay, adjust_lr_fn))
     return chain(scaling, *decay(weight_decay), scale_by_learning_rate(lr))
 
 

@@ -276,3 +276,8 @@ def above_zero(like: Tensor, number: Tensor) -> Tensor:
     """A number added to a denominator, kept from rounding to zero: 10⁻⁸ is zero in float16, and 0/0 would be NaN."""
     limits = torch.finfo(like.dtype)
     return torch.clamp(number, min=max(limits.tiny * limits.eps, 2.0**-126))
+
+
+def as_torch_keeps_it(number: Tensor) -> Tensor:
+    """A single number of the state in the precision that torch.optim gives it, whatever dtype the parameters have."""
+    return number.to(torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32)
