@@ -159,3 +159,13 @@ def test_a_report_of_what_is_no_run_is_refused(fallline, tmp_path: Path):
         assert name in ended.err
         assert said in ended.err
         assert ended.err.count("\n") == 1
+
+
+def test_an_optimizer_that_cannot_train_the_model_is_refused_before_anything_is_written(fallline, tmp_path: Path):
+    ended = fallline("sweep", "digits", "--optimizer", "muon", "--out", "runs/muon")
+    assert ended.code == 2
+    assert ended.err == (
+        "fallline: parameter '0.bias' has shape (64,), but Muon trains matrices only: train the others with another "
+        "optimizer, as muon_with_adamw does.\n"
+    )
+    assert not Path("runs").exists()

@@ -13,6 +13,7 @@ import torch
 
 import fallline as fl
 from fallline.errors import RunDirectoryError
+from fallline.sweeps import reproduction
 from small_sweep import STEPS, assert_same, small_sweep
 
 
@@ -124,6 +125,20 @@ def test_the_winners_code_prints_the_metric_that_was_recorded(optimizer: fl.opti
     name, _, value = printed.getvalue().rpartition(":")
     assert name == "accuracy"
     assert float(value) == pytest.approx(recorded, abs=1e-6)
+
+
+@fl.optim.rule
+def half_step(g, p, *, lr=0.1):
+    """p ← p − lr · g / 2."""
+    return -lr * g / 2
+
+
+def test_the_winners_code_imports_what_is_not_falllines():
+    of_ones_own = fl.optim.cautious(half_step(lr=0.1))
+    lines = reproduction.imports(fl.optim.chain(fl.optim.clip_by_global_norm(1.0), of_ones_own)).splitlines()
+    assert lines == [f"from {__name__} import half_step"]
+    assert reproduction.imports(fl.optim.from_torch(torch.optim.LBFGS, lr=0.1)) == ""
+    assert reproduction.imports(fl.optim.muon_with_adamw(lr=0.1, adamw_for="head*")) == ""
 
 
 def test_losses_are_compared_under_one_metric():

@@ -318,7 +318,7 @@ def _only_matrices(name: str, parameter: Tensor) -> None:
     if parameter.dim() != 2:
         raise InvalidHyperparameter(
             f"parameter {name!r} has shape {tuple(parameter.shape)}, but Muon trains matrices only: train the others "
-            "with another optimizer."
+            "with another optimizer, as muon_with_adamw does."
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from fallline.optim import Optimizer
 from fallline.optim.catalogue import CATALOGUE
+from fallline.optim.description import Call
 from fallline.optim.description import code as code_of
 from fallline.optim.torch_own import TorchOwn
 
@@ -90,11 +93,33 @@ def code(spec: dict[str, Any], optimizer: Optimizer, loss_code: str, seed: int) 
 
 
 def imports(optimizer: Optimizer) -> str:
-    """The line that imports the class of an optimizer that is neither torch's nor ours."""
-    if not isinstance(optimizer, TorchOwn):
-        return ""
-    kind = optimizer.made_of[0]
-    return "" if code_of(kind) != kind.__name__ else f"from {kind.__module__} import {kind.__name__}\n"
+    """The lines that import what the optimizer is made of and is neither torch's nor ours."""
+    lines: dict[str, None] = {}
+    for made in parts(optimizer.call):
+        module = made.__module__ or "__main__"
+        if module.startswith(("torch.", "fallline.")):
+            continue  # it is written with the package that it is in
+        if module == "__main__":
+            lines[f"# {made.__name__} is defined in the program that made the sweep: put it here.\n"] = None
+        else:
+            lines[f"from {module} import {made.__name__}\n"] = None
+    return "".join(lines)
+
+
+def parts(value: Any) -> Iterator[Callable[..., Any]]:
+    """The functions and classes that a value is made of."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        for item in value:
+            yield from parts(item)
+    elif isinstance(value, Call):
+        yield value.function
+        yield from parts((*value.extra, *value.arguments.values()))
+    elif inspect.isfunction(value) or inspect.isclass(value):
+        yield value
+    else:
+        yield from parts(value.call) if isinstance(getattr(value, "call", None), Call) else ()
 
 
 def optimizer_code(optimizer: Optimizer, steps: int, seed: int) -> str:

@@ -31,7 +31,7 @@ from fallline.optim.catalogue import learning_rate_grid
 from fallline.sweeps import engines, packs, search, workers
 from fallline.sweeps.packs import Block, Job, Pack
 from fallline.sweeps.result import Result, best_trial, with_results
-from fallline.sweeps.search import TrialPlan
+from fallline.sweeps.search import Configuration, TrialPlan
 from fallline.sweeps.store import TRIALS, RunDirectory, evaluation_steps, history_of
 from fallline.sweeps.traced import worth_tracing
 from fallline.tasks import Task
@@ -152,6 +152,7 @@ def sweep(
     for each in tasks.values():
         each.check()
     first = next(iter(tasks.values()))
+    _check_parameters(first, chosen)
     choices = [engines.choose(engine, each, where) for each in tasks.values()]
     choice = next((c for c in choices if c.engine == "sequential"), choices[0])
     if engine == "auto" and choice.engine == "sequential":
@@ -208,6 +209,15 @@ def sweep(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Result(path, temporary=temporary)
+
+
+def _check_parameters(task: Task, chosen: Sequence[Configuration]) -> None:
+    """Each optimizer can train every parameter of the model (Muon cannot train vectors)."""
+    with torch.random.fork_rng([]):
+        module = task.build_model(0)
+    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for configuration in chosen:
+        configuration.optimizer.check(params)
 
 
 def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | None, name: str, began: float) -> None:
