@@ -171,8 +171,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=256, help="trials of the vectorised engine")
     parser.add_argument("--steps", type=int, default=1000, help="steps of every trial")
     parser.add_argument("--repeats", type=int, default=5, help="repeats, of which the median counts")
+    known = [name for name, info in CATALOGUE.items() if info.torch_name and not info.matrices_only]
     parser.add_argument(
-        "--optimizer", choices=[*CATALOGUE, "mixed"], default="mixed", help="mixed: the sweep's default optimizers"
+        "--optimizer", choices=[*known, "mixed"], default="mixed", help="mixed: the sweep's default optimizers"
     )
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))

@@ -42,11 +42,10 @@ class PartOfStep(Stage):
         state: Mapping[str, Slots],
         params: Params,
         numbers: Numbers,
-        moment: Moment | None = None,
+        moment: Moment,
     ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
         """What the optimizer makes of the updates, and the whole state after it."""
-        landscape = moment.landscape if moment is not None else None
-        return super().apply(updates, state, params, numbers, Moment(self.phase, landscape))
+        return super().apply(updates, state, params, numbers, Moment(self.phase, moment.landscape))
 
 
 def around(

@@ -6,6 +6,7 @@ Everything else, and everything under torch.compile, runs the rule. State has to
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ Tensors = Sequence[Tensor]
 Run = Callable[[list[Tensor], list[Tensor], list[Slots], Mapping[str, Any], bool], None]
 # Devices on which torch has fused kernels of all the optimizers that are marked as fused here.
 FUSED_DEVICES = ("cpu", "cuda")
+
+
+# An argument that Adam has had since torch 2.7.
+DECOUPLED = "decoupled_weight_decay"
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,15 @@ def _through(function: Callable[..., None], *names: str, fusible: bool = False, 
         captures: whether it has a keyword `capturable`: then it leaves the counts on the device.
     """
 
+    taken = inspect.signature(function).parameters
+
     def run(
         params: list[Tensor], grads: list[Tensor], slots: list[Slots], arguments: Mapping[str, Any], fused: bool
     ) -> None:
         steps = [own["step"] for own in slots]
         # A fused kernel counts in float32, in which 2²⁴ + 1 is 2²⁴, so it gets a copy of the counts.
         counted = list(torch.stack(steps).to(torch.float32).unbind()) if fused else steps
-        numbers = dict(arguments)
+        numbers = {name: value for name, value in arguments.items() if name != DECOUPLED or name in taken}
         if "betas" in numbers:
             numbers["beta1"], numbers["beta2"] = numbers.pop("betas")
         if "etas" in numbers:
@@ -154,7 +161,12 @@ _ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 KERNELS: dict[Callable[..., Any], Kernel] = {
     # torch leaves a first gradient undampened only where no buffer is there yet, and ours start at zero.
     sgd: Kernel("torch.optim.sgd", _sgd, counts=False, fused=True, fits=lambda a: a["dampening"] == 0),
-    adam: Kernel("torch.optim.adam", _through(torch_adam, *_ADAM, fusible=True), fused=True),
+    adam: Kernel(
+        "torch.optim.adam",
+        _through(torch_adam, *_ADAM, fusible=True),
+        fused=True,
+        fits=lambda a: not a[DECOUPLED] or DECOUPLED in inspect.signature(torch_adam).parameters,
+    ),
     adamw: Kernel("torch.optim.adamw", _through(torch_adamw, *_ADAM, fusible=True), fused=True),
     rmsprop: Kernel("torch.optim.rmsprop", _through(torch_rmsprop, "square_avg", "grad_avg", "momentum_buffer")),
     adagrad: Kernel(

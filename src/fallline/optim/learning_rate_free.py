@@ -96,8 +96,8 @@ def scale_by_prodigy(
             unlimited = torch.where(d == n["d0"], torch.maximum(d, d_hat), d)  # the first leap is free
             new_d = torch.where(moves, torch.minimum(d_max, unlimited * n["growth_rate"]), d)
 
-        kept = {"d": new_d, "d_before": d, "updates": torch.where(moves, count, shared["updates"])}
-        kept |= {"d_max": d_max, "d_numerator": numerator}
+        updates_made = torch.where(moves, count, shared["updates"])
+        kept = {"d": new_d, "d_before": d, "updates": updates_made, "d_max": d_max, "d_numerator": numerator}
         size = torch.where(moves, -rate * d, 0.0)
         steps = {}
         for key, own in changed.items():

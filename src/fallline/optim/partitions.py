@@ -156,8 +156,8 @@ def partition(label: Label | Labels, optimizers: Mapping[str, Optimizer | Transf
             if own:
                 g, s, p = (_some(tree, own) for tree in (updates, slots, params))
                 u, changed = part.apply(g, s, p, _at(n, own), moment)
-                found |= u
-                after |= changed
+                found.update(u)
+                after.update(changed)
         return {name: found[name] for name in updates}, after
 
     made = around("partition", list(optimizers.values()), apply, elementwise=False)
@@ -174,7 +174,7 @@ def partition(label: Label | Labels, optimizers: Mapping[str, Optimizer | Transf
         chosen: dict[str, Tensor] = {}
         for part, own in zip(made.parts, divided(params, params), strict=True):
             if own:
-                chosen |= part.evaluation(_some(params, own), _some(slots, own), _at(n, own))
+                chosen.update(part.evaluation(_some(params, own), _some(slots, own), _at(n, own)))
         return {name: chosen[name] for name in params}
 
     moves = any(part.transform.evaluation is not None for part in made.parts)

@@ -275,7 +275,7 @@ class Stage:
         state: Mapping[str, Slots],
         params: Params,
         numbers: Numbers,
-        moment: Moment = Moment(),
+        moment: Moment,
     ) -> tuple[dict[str, Tensor], dict[str, Slots]]:
         """What the transform makes of the updates, and the whole state after it."""
         own = self._slots_of(updates, state)
