@@ -687,6 +687,21 @@ def test_inductor_compiles_a_step():
     close(list(model.parameters()), list(reference.parameters()))
 
 
+def test_a_state_dict_of_adam_from_an_older_torch_can_be_loaded():
+    model = nn.Linear(3, 2)
+    theirs = torch.optim.Adam(model.parameters(), lr=0.3)
+    model(torch.ones(1, 3)).sum().backward()
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["param_groups"][0].pop("decoupled_weight_decay", None)
+    ours = fl.optim.adam(lr=0.1).as_torch(model.parameters())
+    ours.load_state_dict(saved)
+    assert ours.param_groups[0]["decoupled_weight_decay"] is False
+    assert ours.param_groups[0]["lr"] == 0.3
+    assert "decoupled_weight_decay" not in saved["param_groups"][0]
+    ours.step()
+
+
 def test_the_state_of_a_parameter_that_needs_only_some_slots_is_not_made_anew():
     model = nn.Linear(3, 2)
     optimizer = fl.optim.adafactor(lr=0.1).as_torch(model.named_parameters())

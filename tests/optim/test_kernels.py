@@ -52,7 +52,8 @@ def test_kernel_and_rule_are_the_same(info, arguments):
     rule = info.make(**arguments)
     by_kernel, optimizer = trained(rule, kernels=True)
     by_rule, other = trained(rule, kernels=False)
-    assert optimizer.computed_by == ["the rule" if arguments.get("dampening") else f"torch.optim.{info.name}"]
+    too_new = info.name == "adam" and arguments.get("decoupled_weight_decay") and torch.__version__ < "2.7"
+    assert optimizer.computed_by == ["the rule" if arguments.get("dampening") or too_new else f"torch.optim.{info.name}"]
     assert other.computed_by == ["the rule"]
     close(by_kernel, by_rule)
     for p, q in zip(by_kernel, by_rule, strict=True):

@@ -184,6 +184,9 @@ def test_a_global_norm_is_that_of_the_partition():
 MUON = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 
 
+in_torch = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
 def muon_and_adamw(model, chosen, lr=0.02, adamw_lr=0.02):
     matrices, rest = split(model, chosen)
     assert matrices
@@ -194,6 +197,7 @@ def muon_and_adamw(model, chosen, lr=0.02, adamw_lr=0.02):
     ]
 
 
+@in_torch
 def test_muon_with_adamw_is_torchs_muon_and_adamw_side_by_side():
     model = net()
     expected = loop(model, muon_and_adamw(model, lambda n, p: p.dim() == 2))
@@ -204,6 +208,7 @@ def hidden_by_muon(name, parameter):
     return "muon" if name == "hidden.weight" else "adamw"
 
 
+@in_torch
 @pytest.mark.parametrize("kept", [("embed*", "head.*"), hidden_by_muon], ids=["patterns", "function"])
 def test_embeddings_and_heads_may_stay_with_adamw(kept):
     rule = o.muon_with_adamw(lr=0.02, adamw_lr=0.005, adamw_for=kept)
@@ -212,6 +217,7 @@ def test_embeddings_and_heads_may_stay_with_adamw(kept):
     assert_equal(ours(rule)[0], loop(model, optimizers))
 
 
+@in_torch
 def test_a_scheduler_of_torch_moves_both_rates_of_muon_with_adamw():
     model, expected = net(), net()
     optimizers = muon_and_adamw(expected, lambda n, p: n == "hidden.weight")

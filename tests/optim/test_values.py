@@ -38,6 +38,8 @@ VALUES = [
 def test_names_and_defaults_are_torchs(name):
     theirs = inspect.signature(CLASSES[name].__init__).parameters
     for argument, parameter in inspect.signature(getattr(fl.optim, name)).parameters.items():
+        if argument == "decoupled_weight_decay" and torch.__version__ < "2.7":
+            continue  # torch's Adam did not have it yet
         assert parameter.default == theirs[argument].default, argument
 
 

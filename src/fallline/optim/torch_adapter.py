@@ -22,7 +22,7 @@ from fallline.optim.around_a_closure import landscape
 from fallline.optim.base import Optimizer
 from fallline.optim.description import plain
 from fallline.optim.groups import Plan, arguments_of, follows_schedule, is_chain
-from fallline.optim.kernels import Kernel, count, kernel_of, suits, suits_fused
+from fallline.optim.kernels import DECOUPLED, Kernel, count, kernel_of, suits, suits_fused
 from fallline.optim.landscape import Landscape
 from fallline.optim.loading import exactly, in_our_order
 from fallline.optim.schedules import Schedule
@@ -175,12 +175,15 @@ class TorchOptimizer(torch.optim.Optimizer):
 
         def before(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             for group in saved["param_groups"]:
-                missing = self.arguments.keys() - group.keys()
+                missing = self.arguments.keys() - group.keys() - {DECOUPLED}
                 if missing:
                     raise FalllineError(
                         f"this state is of another optimizer: {self.rule.name} has {min(missing)!r}, its groups do not."
                     )
             found.update(in_our_order(saved, self.param_groups))
+            if DECOUPLED in self.arguments:  # Adam's state from before torch 2.7
+                old = {DECOUPLED: self.arguments[DECOUPLED]}
+                found["param_groups"] = [{**old, **group} for group in found["param_groups"]]
             return found
 
         def after(_: torch.optim.Optimizer) -> None:
