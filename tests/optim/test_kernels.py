@@ -53,7 +53,8 @@ def test_kernel_and_rule_are_the_same(info, arguments):
     by_kernel, optimizer = trained(rule, kernels=True)
     by_rule, other = trained(rule, kernels=False)
     too_new = info.name == "adam" and arguments.get("decoupled_weight_decay") and torch.__version__ < "2.7"
-    assert optimizer.computed_by == ["the rule" if arguments.get("dampening") or too_new else f"torch.optim.{info.name}"]
+    by = "the rule" if arguments.get("dampening") or too_new else f"torch.optim.{info.name}"
+    assert optimizer.computed_by == [by]
     assert other.computed_by == ["the rule"]
     close(by_kernel, by_rule)
     for p, q in zip(by_kernel, by_rule, strict=True):
