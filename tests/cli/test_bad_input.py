@@ -169,3 +169,14 @@ def test_an_optimizer_that_cannot_train_the_model_is_refused_before_anything_is_
         "optimizer, as muon_with_adamw does.\n"
     )
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["sweep", "line", "--optimizer", "sgd:lr=0.1", "--lr", "0.1:1:3"],
+              ["fit", "line", "--optimizer", "lookahead(adam:eps=1e-6,lr=0.1)", "--lr", "0.01"]],
+)  # fmt: skip
+def test_two_learning_rates_are_one_too_many(fallline, words):
+    ended = fallline(*words)
+    assert ended.code == 2
+    assert "both give the learning rate: leave one out." in ended.err
+    assert not Path("runs").exists()

@@ -736,3 +736,132 @@ def test_an_average_inside_a_partition_is_what_its_parameters_are_evaluated_with
         torch.testing.assert_close(model.weight.detach(), average)
         torch.testing.assert_close(model.bias.detach(), bias, rtol=0, atol=0)
     torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=0)
+
+
+def test_a_state_of_another_shape_is_refused():
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, 3))
+    for rule in (fl.optim.adam(), fl.optim.lion(), fl.optim.sgd(momentum=0.9)):
+        ours, other = rule.as_torch([p, q]), rule.as_torch([q, p])
+        p.grad, q.grad = torch.ones(3), torch.ones(4, 3)
+        ours.step()
+        with pytest.raises(fl.errors.FalllineError, match=r"has shape \(3,\), and the parameter needs \(4, 3\)"):
+            other.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    [fl.optim.lion(lr=0.1), fl.optim.chain(fl.optim.clip_by_global_norm(1.0), fl.optim.adam(lr=0.1))],
+    ids=["lion", "clipped"],
+)
+def test_parameters_of_one_name_are_all_trained(rule, in_groups):
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    named = [list(model.named_parameters()) for model in models]
+    optimizer = rule.as_torch([{"params": each} for each in named] if in_groups else [*named[0], *named[1]])
+    before = [p.detach().clone() for model in models for p in model.parameters()]
+    for p in (p for model in models for p in model.parameters()):
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    assert all((p != b).any() for p, b in zip((p for m in models for p in m.parameters()), before, strict=True))
+    other = rule.as_torch([{"params": each} for each in named] if in_groups else [*named[0], *named[1]])
+    other.load_state_dict(optimizer.state_dict())
+    for p in (p for model in models for p in model.parameters()):
+        assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
+def test_a_name_that_looks_like_a_wrapper_is_a_name():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+            self.weight, self.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+
+    model = Model()
+    optimizer = fl.optim.adam().as_torch(model.named_parameters())
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    other = fl.optim.adam().as_torch(model.named_parameters())
+    other.load_state_dict(optimizer.state_dict())
+    for p in model.parameters():
+        assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
+def test_dampening_begins_after_the_first_gradient_also_in_a_loaded_state():
+    arguments = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    theirs = torch.optim.SGD([p], **arguments)
+    for _ in range(3):
+        p.grad = p.detach().clone()
+        theirs.step()
+    with torch.no_grad():
+        q.copy_(p)
+    ours = fl.optim.sgd(**arguments).as_torch([q])
+    ours.load_state_dict(theirs.state_dict())
+    switched = nn.Parameter(torch.ones(3))
+    late = fl.optim.sgd(lr=0.1, momentum=0.9).as_torch([switched])
+    twin = nn.Parameter(torch.ones(3))
+    expected = torch.optim.SGD([twin], lr=0.1, momentum=0.9)
+    for step in range(6):
+        if step == 3:
+            late.param_groups[0]["dampening"] = expected.param_groups[0]["dampening"] = 0.5
+        for tensor, optimizer in ((p, theirs), (q, ours), (switched, late), (twin, expected)):
+            tensor.grad = tensor.detach().clone()
+            optimizer.step()
+    torch.testing.assert_close(q, p)
+    torch.testing.assert_close(switched, twin)
+
+
+def test_amsgrad_may_end_before_a_parameter_thaws():
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = fl.optim.adam(amsgrad=True).as_torch(params)
+    for p in params[:2]:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = False
+    params[2].grad = torch.ones(3)
+    optimizer.step()
+    assert all((p != 1).all() for p in params)
+
+
+@pytest.mark.parametrize("name", ["prodigy", "d_adaptation"])
+def test_groups_of_what_acts_on_all_may_differ_in_whether_weights_decay(name):
+    make = getattr(fl.optim, name)
+    w, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = make(weight_decay=0.5, d0=1e-2).as_torch([{"params": [w]}, {"params": [b], "weight_decay": 0.0}])
+    rule, params = make(weight_decay=0.0, d0=1e-2), {"w": w.detach().clone(), "b": b.detach().clone()}
+    state = rule.init(params)
+    for step in range(4):
+        w.grad, b.grad = torch.ones(2, 2), torch.ones(2)
+        optimizer.step()
+        updates, state = rule.update({"w": torch.ones(2, 2), "b": torch.ones(2)}, state, params)
+        params = {n: p + updates[n] for n, p in params.items()}
+        if step == 0:  # later the estimate of all is another, because w is
+            torch.testing.assert_close(b.detach(), params["b"])
+    assert (w.detach() != params["w"]).all()
+
+
+def test_a_momentum_that_must_not_move_is_guarded():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = fl.optim.schedule_free_sgd(lr=0.1).as_torch([p])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    scheduler.step()
+    with pytest.raises(fl.errors.InvalidHyperparameter, match="cycle_momentum=False"):
+        optimizer.step()
+
+
+def test_nothing_is_loaded_while_the_model_is_evaluated():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = fl.optim.schedule_free_sgd(lr=0.1).as_torch([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    with optimizer.evaluation_parameters(), pytest.raises(fl.errors.FalllineError, match="evaluation parameters"):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_learning_rate_that_was_a_tensor_is_saved_as_a_plain_number(tmp_path):
+    optimizer = fl.optim.adam(lr=torch.tensor(0.1)).as_torch([nn.Parameter(torch.ones(2))])
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["param_groups"][0]["lr"] == pytest.approx(0.1)

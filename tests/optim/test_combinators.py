@@ -347,7 +347,7 @@ def test_a_landscape_reaches_what_looks_around_inside():
         return updates, {}
 
     inner = o.Transform("looks", {}, apply, surveys=lambda step: step % 2 == 1)
-    rule, p = o.skip_not_finite(o.lookahead(o.chain(inner, o.sgd()))), {"w": torch.ones(1)}
+    rule, p = o.lookahead(o.lookahead(o.chain(inner, o.sgd()))), {"w": torch.ones(1)}
     state = rule.init(p)
     around_here = o.Landscape.of(lambda at: at["w"].sum(), p)
     for step in range(4):
@@ -407,7 +407,7 @@ ALL = [
     o.accumulate(o.adam(lr=fl.schedules.cosine(0.05)), every=2),
     o.accumulate(o.chain(o.adam(lr=0.05), o.ema_of_parameters(0.5)), every=3),
     o.skip_not_finite(o.adamw(lr=0.05)),
-    o.skip_not_finite(o.accumulate(o.lookahead(o.sgd(lr=0.1, momentum=0.9)), every=2)),
+    o.accumulate(o.skip_not_finite(o.lookahead(o.sgd(lr=0.1, momentum=0.9))), every=2),
 ]
 
 
@@ -493,6 +493,11 @@ def test_a_scheduler_of_torch_moves_the_rate_inside():
         (lambda: o.cautious(0.1), r"cautious\(\) takes an optimizer, not 0\.1"),
         (lambda: o.lookahead("adam"), r"lookahead\(\) takes an optimizer, not 'adam'"),
         (lambda: o.skip_not_finite(None), r"takes an optimizer, not None"),
+        (lambda: o.skip_not_finite(o.accumulate(o.sgd(), every=2)), r"write accumulate\(skip_not_finite"),
+        (lambda: o.skip_not_finite(o.sam(o.sgd())), r"looks at a second gradient"),
+        (lambda: o.lookahead(o.schedule_free_sgd()), r"finds its average"),
+        (lambda: o.cautious(o.schedule_free_adamw()), r"finds its average"),
+        (lambda: o.sam(5), r"sam\(\) takes an optimizer, not 5"),
     ],
 )
 def test_a_mistake_is_named(make, message):
@@ -503,3 +508,53 @@ def test_a_mistake_is_named(make, message):
 def test_a_wrong_number_inside_is_named_as_without_the_combinator():
     with pytest.raises(InvalidHyperparameter, match=r"lr = -1 is negative"):
         o.lookahead(o.cautious(o.adam(lr=fl.grid([0.1, -1]))))
+
+
+def test_accumulate_does_not_apply_a_gradient_twice():
+    rule, p = o.accumulate(o.sgd(lr=1.0), every=2), {"w": torch.zeros(1), "v": torch.zeros(1)}
+    state, one = rule.init(p), torch.ones(1)
+    for v in (one, one, None, one):
+        updates, state = rule.update({"w": one, "v": v}, state, p)
+        p = {name: tensor + updates.get(name, 0) for name, tensor in p.items()}
+    assert p["w"].item() == -2.0
+    assert p["v"].item() == -1.5
+
+
+def test_cautious_finds_the_direction_of_what_waits_for_long():
+    rule, p = o.cautious(o.accumulate(o.sgd(lr=1.0), every=9)), {"w": torch.zeros(1)}
+    state = rule.init(p)
+    for _ in range(9):
+        updates, state = rule.update({"w": torch.ones(1)}, state, p)
+    assert updates["w"].item() == -1.0
+
+
+def test_names_stay_apart_three_deep():
+    inner = o.partition(o.by_shape(), {"matrices": o.sgd(lr=0.1), "vectors": o.sgd(lr=0.01)})
+    rule = o.partition(o.by_name({"head": "head*"}, otherwise="body"), {"head": o.sgd(lr=1.0), "body": inner})
+    assert rule.hyperparameters == {"lr": 1.0, "lr_2": 0.1, "lr_3": 0.01}
+    p = {"head.w": torch.zeros(1), "body.w": torch.zeros(1, 1), "body.b": torch.zeros(1)}
+    updates, _ = rule.update({name: torch.ones_like(t) for name, t in p.items()}, rule.init(p), p)
+    assert [float(u) for u in updates.values()] == pytest.approx([-1.0, -0.1, -0.01])
+    again = rule.with_numbers({"lr": 2.0, "lr_2": 0.2, "lr_3": 0.02})
+    assert again.hyperparameters == {"lr": 2.0, "lr_2": 0.2, "lr_3": 0.02}
+
+    flat = [o.trace(0.9), o.trace(0.5), o.trace(0.8), o.scale_by_learning_rate(1.0)]
+    nested = o.chain(flat[0], o.lookahead(o.chain(*flat[1:]), k=1000))
+    found = []
+    for each in (o.chain(*flat), nested):
+        p = {"w": torch.zeros(1, dtype=F64)}
+        state = each.init(p)
+        for _ in range(5):
+            updates, state = each.update({"w": torch.ones(1, dtype=F64)}, state, p)
+            p = {"w": p["w"] + updates["w"]}
+        found.append(p["w"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_two_sources_of_noise_in_one_chain_differ():
+    rule = o.chain(o.add_noise(1.0), o.add_noise(1.0))
+    p = {"w": torch.zeros(20_000, dtype=F64)}
+    updates, _ = rule.update(p, rule.init(p), p)
+    alone = o.chain(o.add_noise(1.0))
+    one, _ = alone.update(p, alone.init(p), p)
+    assert updates["w"].var().item() == pytest.approx(2 * one["w"].var().item(), rel=0.05)

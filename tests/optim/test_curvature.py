@@ -350,3 +350,51 @@ def test_trials_that_differ_in_numbers_and_seeds_equal_each_alone_in_a_sweep():
     ]
     assert len(np.unique(runs[0][:, -1])) == len(runs[0]) == 12
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-9)
+
+
+def with_batch_norm() -> fl.Task:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    y = (x[:, 0] > 0).long()
+    model = lambda: nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()  # noqa: E731
+    return fl.Task("with batch norm", model, (x, y), "cross_entropy", validation="train", batch_size=8)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        fl.optim.sam(fl.optim.sgd(lr=0.05)),
+        fl.optim.sophia(lr=0.01, update_period=3),
+        fl.optim.mars(lr=0.01, approximate=False),
+    ],
+    ids=lambda optimizer: optimizer.name,
+)
+def test_what_looks_around_keeps_batch_norms_statistics_as_the_plain_loop_does(optimizer):
+    task, steps = with_batch_norm().check(), 12
+    found = [
+        fl.sweep(task, [optimizer], seeds=[3], steps=steps, workers=1, engine=engine, keep_parameters="all")
+        for engine in ("vectorised", "sequential")
+    ]
+    torch.manual_seed(3)
+    model = task.model()
+    loop = optimizer.as_torch(model.named_parameters(), steps=steps, seed=3)
+    order, step = torch.Generator().manual_seed(3), 0
+    while step < steps:
+        for index in torch.randperm(40, generator=order).split(8):
+
+            def closure(index=index, step=step):
+                loop.zero_grad()
+                loss = nn.functional.cross_entropy(model(task.train.x[index]), task.train.y[index])
+                curves = any(t.curves for t in optimizer.transforms)
+                loss.backward(create_graph=curves and loop.rule.surveys(step))
+                return loss
+
+            loop.step(closure)
+            step += 1
+            if step == steps:
+                break
+    for result in found:
+        assert result.spec["engine"] in ("vectorised", "sequential")
+        for name, value in result.parameters(0).items():
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-8, atol=1e-10, msg=name)

@@ -363,3 +363,22 @@ def test_a_wrong_shape_that_only_some_parameters_show_is_named_at_the_first_use(
     p = {"w": torch.ones(2, 2, 2)}
     with pytest.raises(InvalidRule, match=r"shape \(8,\) for a parameter of shape \(2, 2, 2\)"):
         flattens().update(p, flattens().init(p), p)
+
+
+@fl.optim.rule(elementwise=True)
+def heavy(g, p, before, *, lr=1e-2, mu=0.5):
+    """Heavy ball: p ← p − lr · g + mu · (p − the p before)."""
+    return -lr * g + mu * (p - torch.where(before == 0, p, before)), p
+
+
+def test_a_rule_that_keeps_the_parameter_itself_keeps_its_value():
+    """The engines move parameters in place; what the state remembers of them must not move with them."""
+
+    task = fl.tasks.diabetes(dtype=torch.float64).check()
+    found = [
+        fl.sweep(task, [heavy(), fl.optim.sgd(lr=1e-2, momentum=0.5)], seeds=1, steps=20, workers=1, engine=engine)
+        for engine in ("vectorised", "sequential")
+    ]
+    for result in found:  # the two are one algorithm
+        losses = result.history.train_loss
+        torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=1e-12)

@@ -113,6 +113,7 @@ def test_a_result_without_a_directory_takes_it_along_when_it_goes():
         fl.optim.muon_with_adamw(lr=1e-2, adamw_for="4.*"),
         fl.optim.sam(fl.optim.sgd(lr=fl.grid([0.05, 0.1]))),
         fl.optim.sophia(lr=fl.schedules.cosine(1e-3)),
+        fl.optim.nadam(lr=0.01, betas=(fl.schedules.linear(0.9, 0.5), 0.999)),
     ],
     ids=lambda optimizer: optimizer.name,
 )
@@ -150,3 +151,11 @@ def test_losses_are_compared_under_one_metric():
     alone = fl.sweep(fl.tasks.diabetes(), fl.optim.adam(lr=0.01), ["l1"], seeds=2, steps=20)
     own = found.trials.filter(pl.col("loss").str.contains("l1"))["trial"].to_numpy()
     np.testing.assert_allclose(found.history.train_loss[own], alone.history.train_loss, rtol=1e-5)
+
+
+def test_a_report_is_written_when_the_function_that_made_the_winner_is_gone(tmp_path, monkeypatch):
+    fl.sweep(fl.tasks.line(), half_step(lr=0.01), seeds=2, steps=4, out=tmp_path / "run")
+    found = fl.load(tmp_path / "run")
+    monkeypatch.delitem(globals(), "half_step")
+    assert "cannot be found any more" in found.reproduction_code()
+    assert found.report(tmp_path / "report.html")

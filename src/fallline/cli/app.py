@@ -81,6 +81,7 @@ def fit(
 
     _require_directory(resume, out)
     arguments = {} if lr is None else {"lr": options.one_learning_rate(lr)}
+    options.refuse_two_learning_rates(optimizer, lr)
     made = parse(optimizer, **arguments)
     chosen = fl.tasks.resolve(task)
 

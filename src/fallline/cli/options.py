@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,19 @@ def optimizers(names: Sequence[str], lr: str | None) -> list[Optimizer] | None:
         if rates is None:
             return None
         return [parse(name, lr=rates) for name in ("sgd", "sgd:momentum=0.9", "rmsprop", "adam")]
+    for text in names if lr is not None else ():
+        refuse_two_learning_rates(text, lr)
     return [parse(text, lr=rates if rates is not None else learning_rate_grid(text)) for text in names]
+
+
+def refuse_two_learning_rates(text: str, lr: str | None) -> None:
+    """`--lr` beside an optimizer that is written with a learning rate of its own.
+
+    Raises:
+        InvalidHyperparameter: because one of the two would be ignored.
+    """
+    if lr is not None and re.search(r"[:,]\s*lr\s*=", text):
+        raise InvalidHyperparameter(f"--lr {lr} and {text!r} both give the learning rate: leave one out.")
 
 
 def run_directory(out: Path | None, task: Task) -> Path:

@@ -1,6 +1,9 @@
 """How the loss is minimised: transforms, the optimizers made of them, schedules, and the torch adapter.
 
-Read `base` for what an optimizer is, `transforms` for the stages, `optimizers` for the named ones.
+Read `transform` for what a stage is, `base` for what an optimizer is, then any family: `gradient_descent`,
+`adam_family`, `adam_variants`, `mean_square`, `signs`, `layerwise`, `matrices`, `preconditioners`, `schedule_free`,
+`learning_rate_free`, `variance_reduced`, `curvature`. `transforms`, `combinators` and `partitions` hold what they are
+composed with, `new_rule` the decorator for your own.
 """
 
 from fallline.optim import catalogue, schedules

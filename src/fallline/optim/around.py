@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 from torch import Tensor
 
 from fallline.optim.base import Optimizer, chain
+from fallline.optim.checks import WrongType
 from fallline.optim.description import described
 from fallline.optim.transform import (
     OWN_SLOTS,
@@ -149,6 +150,13 @@ def as_transform(optimizer: Optimizer | Transform) -> Transform:
         curves=any(t.curves for t in whole.transforms),
         check=lambda name, parameter: whole.check({name: parameter}),
     )
+
+
+def inner_optimizer(taker: str, given: Any) -> Optimizer:
+    """What is put into a combinator as an optimizer."""
+    if not isinstance(given, Optimizer | Transform):
+        raise WrongType(f"{taker}() takes an optimizer, not {given!r}: give one, such as fl.optim.adam().")
+    return given if isinstance(given, Optimizer) else chain(given)
 
 
 def combinator(function: Callable[P, Transform]) -> Callable[P, Optimizer]:

@@ -75,7 +75,11 @@ class Optimizer:
     @property
     def structure(self) -> tuple[object, ...]:
         """What is static: optimizers of equal structure differ only in numbers and are updated together."""
-        kinds = [(name, number.kind) for name, number in self.hyperparameters.items() if isinstance(number, Schedule)]
+        kinds = [
+            (name, number.kind if number.call is not None else number.curve)
+            for name, number in self.hyperparameters.items()
+            if isinstance(number, Schedule)
+        ]
         return (*(transform.structure for transform in self.transforms), *kinds)
 
     @property
@@ -194,7 +198,7 @@ class Optimizer:
         """One step, pure: `new = params + updates`. Nothing that is passed in is changed.
 
         Args:
-            grads: gradients by parameter name; a parameter without one is left as it is.
+            grads: gradients by parameter name; a parameter without one (or with None) is left as it is.
             state: from `init` or from the update before.
             params: the parameters at which the gradients were taken.
             numbers: replaces `self.numbers`, as float64 tensors (the engines pass one value per trial).
@@ -214,6 +218,7 @@ class Optimizer:
         tensor([-0.5000, -0.5000])
         """
         self._refuse_template()
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
         for name, grad in grads.items():
             if name not in params or name not in state["slots"]:
                 where = "parameter in params" if name not in params else "parameter in the state: make it with init"
@@ -221,6 +226,9 @@ class Optimizer:
             if grad.shape != params[name].shape:
                 shapes = f"{tuple(grad.shape)}, the parameter {tuple(params[name].shape)}"
                 raise FalllineError(f"the gradient of {name!r} has shape {shapes}: they must be the same.")
+            if grad.dtype != params[name].dtype:
+                dtypes = f"{grad.dtype}, the parameter {params[name].dtype}"
+                raise FalllineError(f"the gradient of {name!r} is {dtypes}: they must be the same.")
         if numbers is None:
             numbers = self._own_numbers(state["step"].device)
         if self.has_phases and step is None:
@@ -304,9 +312,9 @@ class Optimizer:
         made: Slots = {}
         if "step" in self.slot_names:
             made["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
-        if "seed" in self.slot_names:
+        for number, stage in enumerate(stage for stage in self.stages if stage.transform.draws):
             own = torch.as_tensor(seed, dtype=torch.int64, device=parameter.device) * 1_000_003
-            made["seed"] = own + zlib.crc32(name.encode())
+            made[stage.slots["seed"]] = own + zlib.crc32((f"{name}/{number}" if number else name).encode())
         for stage in self.stages:
             made.update(stage.initial(name, parameter, numbers, seed))
         return made

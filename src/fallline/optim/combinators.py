@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fallline.errors import InvalidHyperparameter, Unsupported
+from fallline.errors import FalllineError, InvalidHyperparameter, Unsupported
 from fallline.optim.adam_family import adam, adamw
-from fallline.optim.around import around, as_transform, combinator
+from fallline.optim.around import around, as_transform, combinator, inner_optimizer
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, in_interval, whole
 from fallline.optim.description import described
@@ -48,8 +48,9 @@ def cautious(optimizer: Optimizer | Transform) -> Optimizer:
 
     m is 1 where u · g > 0, else 0, and its mean is taken over each parameter tensor. Where what the optimizer gives is
     already a step, which goes against the gradient, m is 1 where u · g < 0; a first step on a bowl tells which it is.
-    Decoupled weight decay and the learning rate at the end of the optimizer stay outside of the mask, so
-    `cautious(adamw())` is the paper's C-AdamW and `cautious(lion())` its C-Lion.
+    Where an optimizer ends with the stages `add_decayed_weights` and `scale_by_learning_rate`, as adamw and lion do,
+    these stay outside of the mask, so `cautious(adamw())` is the paper's C-AdamW and `cautious(lion())` its C-Lion. Of
+    an optimizer that ends otherwise (adan, prodigy, one around another) the whole step is masked, weight decay too.
 
     Args:
         optimizer: whose direction is masked.
@@ -61,7 +62,8 @@ def cautious(optimizer: Optimizer | Transform) -> Optimizer:
     Source: Liang et al., "Cautious Optimizers: Improving Training with One Line of Code", 2024, with the scale of the
     authors' code; others divide by (the sum of m + 1)/n.
     """
-    stages = list(_optimizer("cautious", optimizer).transforms)
+    stages = list(inner_optimizer("cautious", optimizer).transforms)
+    _refuse_averages("cautious", [stage for stage in stages if stage.name not in AFTER_THE_DIRECTION])
     end = len(stages)
     while end and stages[end - 1].name in AFTER_THE_DIRECTION:
         end -= 1
@@ -98,14 +100,17 @@ def _goes_against_the_gradient(optimizer: Optimizer) -> bool:
     g = {"w": torch.tensor([[2.0, 1.0], [1.0, 1.5]], dtype=torch.float64)}
     p = {"w": torch.zeros_like(g["w"])}
     bowl = Landscape.of(lambda at: (at["w"] + g["w"]).square().sum() / 2, p)
-    updates_made = 4  # one might be zero: that of a learning rate that warms up from 0, or between those of accumulate
-    state = optimizer.init(p, steps=updates_made)
-    for step in range(updates_made):
-        updates, state = optimizer.update(g, state, p, steps=updates_made, step=step, landscape=bowl)
-        along = float((updates["w"] * g["w"]).sum())
-        if along != 0:
-            return along < 0
-    return False
+    updates_made = 1000  # the first may be zero: while a learning rate warms up from 0, or accumulate waits
+    try:
+        state = optimizer.init(p, steps=updates_made)
+        for step in range(updates_made):
+            updates, state = optimizer.update(g, state, p, steps=updates_made, step=step, landscape=bowl)
+            along = float((updates["w"] * g["w"]).sum())
+            if along != 0:
+                return along < 0
+    except (FalllineError, LookupError):
+        pass  # a partition that has no place for this parameter: whole optimizers are what partitions are made of
+    return True
 
 
 @combinator
@@ -129,7 +134,8 @@ def lookahead(optimizer: Optimizer | Transform, k: Number = 5, alpha: Number = 0
 
     Source: Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", 2019, algorithm 1.
     """
-    inner = _optimizer("lookahead", optimizer)
+    inner = inner_optimizer("lookahead", optimizer)
+    _refuse_averages("lookahead", inner.transforms)
     _whole_number("k", k)
     in_interval("alpha", alpha, 0.0, 1.0)
 
@@ -186,7 +192,7 @@ def accumulate(optimizer: Optimizer | Transform, every: int) -> Transform:
     >>> accumulate(sgd(lr=0.1), every=4)
     fl.optim.accumulate(optimizer=fl.optim.sgd(lr=0.1), every=4)
     """
-    inner = _optimizer("accumulate", optimizer)
+    inner = inner_optimizer("accumulate", optimizer)
     whole("every", every)
     if as_transform(inner).surveys is not None:
         raise Unsupported(
@@ -221,12 +227,14 @@ def accumulate(optimizer: Optimizer | Transform, every: int) -> Transform:
         for name, g in updates.items():
             own = numbers_of(n, name)
             begun = {slot: own[parts[0].numbers[number]] for number, slot in kept.items()} if is_first else {}
-            mean = g / every if is_first else slots[name]["mean_gradient"] + g / every
+            mean = slots[name]["mean_gradient"] + g / every
             after[name] = {**slots[name], "mean_gradient": mean, **begun}
         if not updates or not is_last:
             return {name: torch.zeros_like(g) for name, g in updates.items()}, after
         means = {name: after[name]["mean_gradient"] for name in updates}
-        return parts[0].apply(means, after, params, at_start(parts, n, after), moment)
+        found, after = parts[0].apply(means, after, params, at_start(parts, n, after), moment)
+        empty = {name: torch.zeros_like(after[name]["mean_gradient"]) for name in updates}
+        return found, {**after, **{name: {**after[name], "mean_gradient": mean} for name, mean in empty.items()}}
 
     made = around(
         "accumulate",
@@ -265,7 +273,17 @@ def skip_not_finite(optimizer: Optimizer | Transform) -> Transform:
     >>> updates["w"], state["slots"]["w"]["skipped"]
     (tensor([0., 0.]), tensor(1., dtype=torch.float64))
     """
-    inner = _optimizer("skip_not_finite", optimizer)
+    inner = inner_optimizer("skip_not_finite", optimizer)
+    if as_transform(inner).surveys is not None:
+        raise InvalidHyperparameter(
+            f"{inner.name} looks at a second gradient, which would not be looked at here: write "
+            f"{inner.name}(skip_not_finite(…)) where it goes around another, or leave skip_not_finite out."
+        )
+    if any(transform.name == "accumulate" for transform in inner.transforms):
+        raise InvalidHyperparameter(
+            "skip_not_finite(accumulate(…)) would leave out a mini-batch, not a step: write "
+            "accumulate(skip_not_finite(…), every=…)."
+        )
 
     def apply(
         parts: Sequence[Stage],
@@ -297,6 +315,16 @@ def skip_not_finite(optimizer: Optimizer | Transform) -> Transform:
     )
 
 
+def _refuse_averages(taker: str, stages: Sequence[Transform]) -> None:
+    """What is evaluated elsewhere follows from parameters that nobody else moves."""
+    for stage in stages:
+        if stage.evaluation is not None:
+            raise InvalidHyperparameter(
+                f"{taker} moves parameters from which {stage.name} finds its average: put {stage.name} around it, or "
+                "after it in a chain, or leave one of them out."
+            )
+
+
 def _whole_number(name: str, value: Any) -> None:
     """A number of steps that is data, and so may come as 5.0; but it does not move while steps are counted."""
     if isinstance(value, Schedule):
@@ -304,13 +332,6 @@ def _whole_number(name: str, value: Any) -> None:
     in_interval(name, value, 1.0, math.inf)
     if value != int(value):
         raise InvalidHyperparameter(f"{name} = {value!r} is not a whole number: give one of at least 1.")
-
-
-def _optimizer(taker: str, given: Any) -> Optimizer:
-    """What is put into a combinator as an optimizer."""
-    if not isinstance(given, Optimizer | Transform):
-        raise WrongType(f"{taker}() takes an optimizer, not {given!r}: give one, such as fl.optim.adam().")
-    return given if isinstance(given, Optimizer) else chain(given)
 
 
 CATALOGUE = (

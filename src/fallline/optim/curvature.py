@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fallline.optim.adam_family import adam
-from fallline.optim.around import around, combinator
+from fallline.optim.around import around, combinator, inner_optimizer
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import flag, non_negative, pair_of_betas, positive, whole
 from fallline.optim.description import described
@@ -54,6 +54,7 @@ def sam(optimizer: Optimizer, rho: Number = 0.05, adaptive: bool = False, eta: N
     Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks",
     2021. Here s is that of all parameters; the authors' code of ASAM takes 1 for biases.
     """
+    inner = inner_optimizer("sam", optimizer)
     non_negative("rho", rho)
     flag("adaptive", adaptive)
     non_negative("eta", eta)
@@ -83,7 +84,7 @@ def sam(optimizer: Optimizer, rho: Number = 0.05, adaptive: bool = False, eta: N
         return {name: params[name] + g * distance.to(g.dtype) for name, g in directions.items()}
 
     numbers = {"rho": rho, **({"eta": eta} if adaptive else {})}
-    return around("sam", [optimizer], apply, numbers, elementwise=False, together=True, surveys=lambda step: True)
+    return around("sam", [inner], apply, numbers, elementwise=False, together=True, surveys=lambda step: True)
 
 
 @described

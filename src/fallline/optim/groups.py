@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from fallline.errors import InvalidHyperparameter
 from fallline.optim.base import Optimizer
+from fallline.optim.description import SinglePrecision
 from fallline.optim.kernels import Kernel
 from fallline.optim.schedules import Schedule
 from fallline.optim.transform import Numbers, Transform
@@ -63,3 +65,22 @@ def arguments_of(rule: Optimizer) -> dict[str, Any]:
 
 def follows_schedule(value: Any) -> bool:
     return isinstance(value, Schedule) or (isinstance(value, tuple) and any(follows_schedule(item) for item in value))
+
+
+def saved_numbers(value: Any) -> Any:
+    """A group's value as it is saved: `torch.load` takes Python's own numbers only, unless it is told to trust."""
+    if isinstance(value, tuple):
+        return tuple(saved_numbers(item) for item in value)
+    return float(value) if isinstance(value, SinglePrecision) else value
+
+
+def refuse_to_move(before: Optimizer, after: Optimizer) -> None:
+    """A number that must stay what it is has been changed in a group."""
+    for here, there in zip(before.stages, after.stages, strict=False):
+        for name in here.transform.steady:
+            old, new = (stage.transform.hyperparameters.get(name) for stage in (here, there))
+            if old != new:
+                raise InvalidHyperparameter(
+                    f"{name} of {after.name} was {old!r} and is {new!r} now, but it must stay what it is: give torch's "
+                    "scheduler cycle_momentum=False."
+                )

@@ -18,6 +18,7 @@ from torch.optim.adagrad import adagrad as torch_adagrad
 from torch.optim.adam import adam as torch_adam
 from torch.optim.adamax import adamax as torch_adamax
 from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.asgd import asgd as torch_asgd
 from torch.optim.nadam import nadam as torch_nadam
 from torch.optim.radam import radam as torch_radam
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
@@ -26,7 +27,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from fallline.optim.adam_family import adam, adamax, adamw, nadam, radam
 from fallline.optim.base import Optimizer
-from fallline.optim.gradient_descent import rprop, sgd
+from fallline.optim.gradient_descent import asgd, rprop, sgd
 from fallline.optim.mean_square import adadelta, adagrad, rmsprop
 from fallline.optim.transform import Slots
 
@@ -145,7 +146,8 @@ def _through(function: Callable[..., None], *names: str, fusible: bool = False, 
             numbers["fused"] = True
         if captures:
             numbers["capturable"] = not fused and params[0].device.type != "cpu"
-        function(params, grads, *([own[name] for own in slots if name in own] for name in names), counted, **numbers)
+        lists = ([own[name] for own in slots] if all(name in own for own in slots) else [] for name in names)
+        function(params, grads, *lists, counted, **numbers)
         if fused:
             count(steps)
 
@@ -179,5 +181,6 @@ KERNELS: dict[Callable[..., Any], Kernel] = {
     adamax: Kernel("torch.optim.adamax", _through(torch_adamax, "exp_avg", "exp_inf")),
     nadam: Kernel("torch.optim.nadam", _through(torch_nadam, "exp_avg", "exp_avg_sq", "mu_product")),
     radam: Kernel("torch.optim.radam", _through(torch_radam, "exp_avg", "exp_avg_sq")),
+    asgd: Kernel("torch.optim.asgd", _through(torch_asgd, "ax", "mu", "eta")),
     rprop: Kernel("torch.optim.rprop", _through(torch_rprop, "prev", "step_size")),
 }

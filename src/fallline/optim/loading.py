@@ -24,18 +24,22 @@ def in_our_order(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
     theirs = saved["param_groups"]
     if len(theirs) != len(groups) or not all("param_names" in group for group in [*theirs, *groups]):
         return dict(saved)
+    if any(_repeats(each) for each in (theirs, groups)):
+        return dict(saved)
+    plain = _names(theirs) == _names(groups)  # then what looks like a wrapper is a name
+    bare = (lambda name: name) if plain else _bare
     numbers = {
-        _bare(name): number
+        bare(name): number
         for group in theirs
         for name, number in zip(group["param_names"], group["params"], strict=True)
     }
-    ours = {_bare(name) for group in groups for name in group["param_names"]}
+    ours = {bare(name) for group in groups for name in group["param_names"]}
     for missing in sorted(ours - numbers.keys()):
         raise FalllineError(f"the state has no parameter {missing!r}. {nearest(missing, numbers)}")
     for missing in sorted(numbers.keys() - ours):
         raise FalllineError(f"the state is of a parameter {missing!r}, which is not here. {nearest(missing, ours)}")
     ordered = [
-        {**there, "params": [numbers[_bare(n)] for n in here["param_names"]], "param_names": list(here["param_names"])}
+        {**there, "params": [numbers[bare(n)] for n in here["param_names"]], "param_names": list(here["param_names"])}
         for there, here in zip(theirs, groups, strict=True)
     ]
     return {**saved, "param_groups": ordered}
@@ -56,11 +60,37 @@ def exactly(saved: Mapping[str, Any], parameter: Tensor, first: Slots) -> Slots:
         tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         other = torch.float64 if slot == "step" else tensor.dtype
         dtype = first[slot].dtype if slot in first else other
+        if slot in first and tensor.shape != first[slot].shape:
+            raise FalllineError(
+                f"the state {slot!r} has shape {tuple(tensor.shape)}, and the parameter needs "
+                f"{tuple(first[slot].shape)}: it is the state of another parameter. Give names (named_parameters)."
+            )
         made[slot] = torch.empty_like(tensor, dtype=dtype, device=parameter.device).copy_(tensor)
-    return made
+    return begun(made, first)
+
+
+def begun(kept: Slots, first: Slots) -> Slots:
+    """The state with a count where that is missing: a parameter with a buffer has been updated before.
+
+    torch's SGD keeps no count, and knows by the buffer that a gradient is not the first.
+    """
+    if "momentum_buffer" in kept and "step" in first and "step" not in kept:
+        return {**kept, "step": torch.ones_like(first["step"])}
+    return kept
 
 
 def _bare(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
+    """The name without the wrappers of the whole model before it."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {name for group in groups for name in group["param_names"]}
+
+
+def _repeats(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two parameters have one name, as those of two models may."""
+    bare = [_bare(name) for group in groups for name in group["param_names"]]
+    return len(set(bare)) < len(bare) and len(_names(groups)) < len(bare)

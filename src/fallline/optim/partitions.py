@@ -220,7 +220,7 @@ def no_decay_on_vectors(optimizer: Optimizer) -> Transform:
         raise WrongType(f"no_decay_on_vectors() takes an optimizer, not {optimizer!r}: give one, such as adamw().")
 
     def is_decay(name: str) -> bool:
-        return name.rstrip("0123456789").rstrip("_").endswith("weight_decay")
+        return "weight_decay" in name
 
     def apply(
         parts: Sequence[Stage],

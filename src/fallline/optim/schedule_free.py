@@ -6,6 +6,8 @@ The parameters that are trained are y and z is kept beside them; x follows from 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ def schedule_free_step(
         "r": r,
         "weight_lr_power": weight_lr_power,
     }
-    return per_tensor(
+    made = per_tensor(
         "schedule_free_step",
         rule,
         numbers,
@@ -83,6 +85,7 @@ def schedule_free_step(
         elementwise=True,
         evaluation=evaluation,
     )
+    return replace(made, steady=("momentum",))
 
 
 @described

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fallline.errors import InvalidHyperparameter, nearest
 from fallline.optim.checks import WrongType, flag, in_interval, positive, real
-from fallline.optim.description import Call, described, remembers_its_call
+from fallline.optim.description import Call, described, leaves, remembers_its_call
 from fallline.optim.dimensions import Dimension
 
 Swept = float | Dimension
@@ -56,6 +56,9 @@ class Schedule:
         0.5
         """
         at = torch.as_tensor(progress, dtype=torch.float64)
+        searched = [name for name, value in leaves(self) if isinstance(value, Dimension)]
+        if searched:
+            raise InvalidHyperparameter(f"{self!r} leaves {', '.join(searched)} to be searched: give numbers.")
         numbers = {name: torch.tensor(v, dtype=torch.float64) for name, v in self.numbers.items()}
         return self.curve(at, numbers)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -21,12 +20,19 @@ from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgumen
 from fallline.optim.around_a_closure import landscape
 from fallline.optim.base import Optimizer
 from fallline.optim.description import plain
-from fallline.optim.groups import Plan, arguments_of, follows_schedule, is_chain
+from fallline.optim.groups import (
+    Plan,
+    arguments_of,
+    follows_schedule,
+    is_chain,
+    refuse_to_move,
+    saved_numbers,
+)
 from fallline.optim.kernels import DECOUPLED, Kernel, count, kernel_of, suits, suits_fused
-from fallline.optim.landscape import Landscape
-from fallline.optim.loading import exactly, in_our_order
+from fallline.optim.loading import begun, exactly, in_our_order
 from fallline.optim.schedules import Schedule
 from fallline.optim.transform import Grouped, Numbers, Slots
+from fallline.optim.work import Work, by_rule, gradient_of, in_pieces
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,23 +46,6 @@ def _outside_compilation(function: Callable[P, R]) -> Callable[P, R]:
 # Keys that torch and its schedulers put into groups, and one of ours.
 _TORCH_KEYS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 _OWN_KEY = "updates_done"
-# A rule makes new tensors, so it gets so many numbers at a time: they stay in the cache, and there is never a second
-# copy of a whole model.
-LARGEST_PIECE = 2**20
-
-
-@dataclass
-class _Work:
-    """Parameters that are updated by one call of a rule, and all that the call needs."""
-
-    plan: Plan
-    params: dict[str, Tensor]
-    grads: dict[str, Tensor]
-    slots: dict[str, Slots]
-    numbers: Numbers
-    begun: Tensor
-    step: int | None
-    landscape: Landscape | None
 
 
 class TorchOptimizer(torch.optim.Optimizer):
@@ -113,11 +102,11 @@ class TorchOptimizer(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             loss, works = _begin(self, closure)
-            _end(self, works, [_by_rule(work) if work.landscape is None else _uncompiled(work) for work in works])
+            _end(self, works, [by_rule(work) if work.landscape is None else _uncompiled(work) for work in works])
             return loss
         loss = _evaluated(closure)
         for work in self._works(closure, kernels=self.kernels):
-            self._keep([work], [_by_rule(work)])
+            self._keep([work], [by_rule(work)])
         self._advance()
         return loss
 
@@ -162,6 +151,12 @@ class TorchOptimizer(torch.optim.Optimizer):
         plans = [self._plan(i, self._given(group)) for i, group in enumerate(self.param_groups)]
         return [plan.kernel.name if self.kernels and plan.kernel is not None else "the rule" for plan in plans]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in torch's form."""
+        saved = super().state_dict()
+        groups = [{name: saved_numbers(v) for name, v in group.items()} for group in saved["param_groups"]]
+        return {**saved, "param_groups": groups}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a `state_dict` of the same optimizer, or of its namesake in torch.optim.
 
@@ -171,6 +166,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         Raises:
             FalllineError: when the state is of another optimizer, or of a parameter that is not there.
         """
+        if self._evaluating:
+            raise FalllineError(
+                "the model has its evaluation parameters: leave evaluation_parameters() before loading."
+            )
         found: dict[str, Any] = {}
 
         def before(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +206,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _works(self, closure: Callable[[], Any] | None, *, kernels: bool) -> list[_Work]:
+    def _works(self, closure: Callable[[], Any] | None, *, kernels: bool) -> list[Work]:
         """What is to be done in this step: the parameters with a gradient, those together that the rule sees so.
 
         Args:
@@ -232,7 +231,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             return [self._joint_work(plans, present, closure)]
         works = []
         for plan, params in zip(plans, present, strict=True):
-            pieces = [params] if plan.rule.together else _pieces(params)
+            pieces = [params] if plan.rule.together else in_pieces(params)
             works += [
                 self._work(plan, own, plan.numbers_on(next(iter(own.values())).device), closure) for own in pieces
             ]
@@ -265,10 +264,11 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _joint_work(
         self, plans: list[Plan], present: list[dict[str, Tensor]], closure: Callable[[], Any] | None
-    ) -> _Work:
+    ) -> Work:
         """All groups in one call of the rule, each with its own numbers."""
-        first = plans[0]
-        if any(plan.rule.structure != first.rule.structure for plan in plans):
+        first = max(plans, key=lambda plan: len(plan.rule.hyperparameters))
+        alike = first.rule.structure
+        if any(alike not in (plan.rule.structure, self._as_if_decaying(plan).structure) for plan in plans):
             raise InvalidHyperparameter(
                 f"{self.rule.name} acts on all parameters together, so its groups may differ in numbers, but not in "
                 "what is done with them (an option, or weight decay in some of them only)."
@@ -277,8 +277,15 @@ class TorchOptimizer(torch.optim.Optimizer):
         device = next(iter(params.values())).device
         group_of = {name: index for index, own in enumerate(present) for name in own}
         slots = {name: self._slots(plans[group_of[name]], name, p) for name, p in params.items()}
-        numbers = Grouped([plan.numbers_on(device) for plan in plans], group_of)
-        return self._work(first, params, numbers, closure, slots)
+        none = torch.zeros((), dtype=torch.float64, device=device)  # the weight decay of a group that has none
+        each = [{**dict.fromkeys(first.rule.numbers, none), **plan.numbers_on(device)} for plan in plans]
+        return self._work(first, params, Grouped(each, group_of), closure, slots)
+
+    def _as_if_decaying(self, plan: Plan) -> Optimizer:
+        """The rule of a group with weight decay, be it 0: groups may differ in whether they have some."""
+        if is_chain(self.rule) or plan.arguments.get("weight_decay") != 0:
+            return plan.rule
+        return self._rule({**plan.arguments, "weight_decay": 1.0})
 
     def _work(
         self,
@@ -287,7 +294,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         numbers: Numbers,
         closure: Callable[[], Any] | None,
         slots: dict[str, Slots] | None = None,
-    ) -> _Work:
+    ) -> Work:
         step, around = None, None
         if plan.program.has_phases:
             done = max(group[_OWN_KEY] for group in self.param_groups)
@@ -300,10 +307,10 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._begun[device] = torch.zeros((), dtype=torch.float64, device=device)
         if slots is None:
             slots = {name: self._slots(plan, name, p) for name, p in params.items()}
-        grads = {name: _gradient(p) for name, p in params.items()}
-        return _Work(plan, params, grads, slots, numbers, self._begun[device], step, around)
+        grads = {name: gradient_of(p) for name, p in params.items()}
+        return Work(plan, params, grads, slots, numbers, self._begun[device], step, around)
 
-    def _keep(self, works: list[_Work], made: list[dict[str, Slots]]) -> None:
+    def _keep(self, works: list[Work], made: list[dict[str, Slots]]) -> None:
         """Keeps the new state."""
         for work, new in zip(works, made, strict=True):
             for name, p in work.params.items():
@@ -326,7 +333,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             return kept
         first = self._first_slots(plan, name, p)  # not all parameters need all slots of the rule
         self._needed[p] = plan.program, frozenset(first)
-        return {**first, **kept}
+        return {**first, **begun(kept, first)}
 
     def _first_slots(self, plan: Plan, name: str, p: Tensor) -> Slots:
         """The state of a parameter before its first update."""
@@ -351,10 +358,15 @@ class TorchOptimizer(torch.optim.Optimizer):
         return [(p, found[name]) for name, p in trained.items()]
 
     def _names(self, index: int) -> list[str]:
-        """The names of a group's parameters, or else their running numbers over all groups."""
+        """The names of a group's parameters where each has its own, or else their running numbers over all groups."""
         group = self.param_groups[index]
         if "param_names" in group:
-            return list(group["param_names"])
+            if len(self._names_of) != len(self.param_groups):
+                every = [name for each in self.param_groups for name in each["param_names"]]
+                apart = len(set(every)) == len(every)
+                self._names_of[:] = [list(each["param_names"]) if apart else [] for each in self.param_groups]
+            if self._names_of[index] or not group["params"]:
+                return self._names_of[index]
         before = sum(len(each["params"]) for each in self.param_groups[:index])
         return [str(before + i) for i in range(len(group["params"]))]
 
@@ -369,6 +381,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         plan = self._plans.get(index)
         if plan is None or plan.arguments != arguments:
             rule = self._rule(arguments)
+            if plan is not None and any(group[_OWN_KEY] for group in self.param_groups):
+                refuse_to_move(plan.rule, rule)
             others = (other.program for other in self._plans.values())
             program = next((other for other in others if other.structure == rule.structure), rule)
             kernel = kernel_of(rule) if not any(follows_schedule(value) for value in arguments.values()) else None
@@ -407,6 +421,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     def _start_afresh(self) -> None:
         """What is only remembered to save time, and is not copied or saved."""
         self._plans: dict[int, Plan] = {}
+        self._names_of: list[list[str]] = []  # of each group, where names do not repeat
         self._needed: dict[Tensor, tuple[Optimizer, frozenset[str]]] = {}  # the slots that a parameter has
         self._begun: dict[torch.device, Tensor] = {}
         self._first_of_phase: dict[Any, int] = {}
@@ -426,45 +441,6 @@ class TorchOptimizer(torch.optim.Optimizer):
         return f"TorchOptimizer({self.rule!r}, {len(self.param_groups)} parameter group(s))"
 
 
-def _by_rule(work: _Work) -> dict[str, Slots]:
-    """Adds the rule's updates to the parameters; returns the new state."""
-    updates, state = work.plan.program.update(
-        work.grads,
-        {"step": work.begun, "slots": work.slots},
-        work.params,
-        work.numbers,
-        step=work.step,
-        landscape=work.landscape,
-    )
-    slots = {name: _apart(own, work.params[name], work.grads[name]) for name, own in state["slots"].items()}
-    torch._foreach_add_(list(work.params.values()), [updates[name] for name in work.params])
-    return slots
-
-
-def _apart(own: Slots, *changing: Tensor) -> Slots:
-    """Slots that are the gradient or the parameter itself (Adan keeps the gradient) as copies: both change in place."""
-
-    def is_one(slot: Tensor) -> bool:
-        return any(slot is each or (each.is_complex() and slot._base is each) for each in changing)
-
-    return {name: slot.clone() if is_one(slot) else slot for name, slot in own.items()}
-
-
-def _pieces(params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The parameters in parts, each of one device and not much larger than `LARGEST_PIECE`."""
-    pieces: list[dict[str, Tensor]] = []
-    filled: dict[torch.device, int] = {}
-    places: dict[torch.device, dict[str, Tensor]] = {}
-    for name, p in params.items():
-        if filled.get(p.device, LARGEST_PIECE) >= LARGEST_PIECE:
-            places[p.device] = {}
-            pieces.append(places[p.device])
-            filled[p.device] = 0
-        places[p.device][name] = p
-        filled[p.device] += p.numel()
-    return pieces
-
-
 def _evaluated(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
@@ -474,21 +450,14 @@ def _evaluated(closure: Callable[[], Any] | None) -> Any:
 
 # A compiled step: what comes before and after the arithmetic runs as it is, so that numbers reach it as tensors.
 @_outside_compilation
-def _begin(optimizer: TorchOptimizer, closure: Callable[[], Any] | None) -> tuple[Any, list[_Work]]:
+def _begin(optimizer: TorchOptimizer, closure: Callable[[], Any] | None) -> tuple[Any, list[Work]]:
     return _evaluated(closure), optimizer._works(closure, kernels=False)
 
 
 @_outside_compilation
-def _end(optimizer: TorchOptimizer, works: list[_Work], made: list[dict[str, Slots]]) -> None:
+def _end(optimizer: TorchOptimizer, works: list[Work], made: list[dict[str, Slots]]) -> None:
     optimizer._keep(works, made)
     optimizer._advance()
 
 
-_uncompiled = _outside_compilation(_by_rule)
-
-
-def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    if p.grad.is_sparse:
-        raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False.")
-    return p.grad.detach() if p.grad.requires_grad else p.grad
+_uncompiled = _outside_compilation(by_rule)

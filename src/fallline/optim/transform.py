@@ -78,6 +78,7 @@ class Transform:
         draws: whether `apply` reads the slot "seed", from which `random` makes random numbers.
         evaluation: (parameters, slots, numbers) -> the parameters with which the model is to be evaluated, if they
             are others than those that are trained.
+        steady: numbers that must stay what they are while training goes on.
         phase: (number of the update, from 0) -> what is static about it: whether a preconditioner is renewed, say.
         surveys: (number of the update, from 0) -> whether it looks at the loss around the parameters, too.
         curves: whether it looks at the curvature there, for which gradients must be differentiable themselves.
@@ -95,6 +96,7 @@ class Transform:
     counts: bool = False
     draws: bool = False
     evaluation: Evaluation | None = None
+    steady: tuple[str, ...] = ()
     phase: Callable[[int], Hashable] | None = None
     surveys: Callable[[int], bool] | None = None
     curves: bool = False
@@ -144,7 +146,8 @@ class Transform:
             return tuple(self._static(item_name(name, i), item) for i, item in enumerate(value))
         if isinstance(value, Mapping):
             return tuple((key, self._static("", item)) for key, item in value.items())
-        return None if name in self.hyperparameters else value
+        inside = {kept for part in self.parts for kept in part.numbers.values()}
+        return None if name in self.hyperparameters and name not in inside else value
 
 
 def per_tensor(
@@ -311,15 +314,16 @@ def named_apart(transforms: Iterable[Transform]) -> tuple[Stage, ...]:
     numbers: dict[str, None] = {}
     slots: dict[str, None] = dict.fromkeys(OWN_SLOTS)
     made = []
+    drawing = False
     for transform in transforms:
-        own_numbers = {name: free_name(name, numbers) for name in transform.hyperparameters}
-        own_slots = {name: free_name(name, slots) for name in transform.slot_names}
-        numbers.update(dict.fromkeys(own_numbers.values()))
-        slots.update(dict.fromkeys(own_slots.values()))
+        own_numbers = _taken(transform.hyperparameters, numbers)
+        own_slots = _taken(transform.slot_names, slots)
         if transform.counts:
             own_slots["step"] = "step"
-        if transform.draws:
-            own_slots["seed"] = "seed"
+        if transform.draws:  # each has random numbers of its own
+            own_slots["seed"] = free_name("seed", slots) if drawing else "seed"
+            slots[own_slots["seed"]] = None
+            drawing = True
         made.append(Stage(transform, own_numbers, own_slots))
     return tuple(made)
 
@@ -335,8 +339,20 @@ def initially(names: tuple[str, ...], initial: Start | None) -> Initial:
     return starting
 
 
+def _taken(names: Iterable[str], used: dict[str, None]) -> dict[str, str]:
+    """Each name with the free one that it gets, which is in use from then on."""
+    found = {}
+    for name in names:
+        found[name] = free_name(name, used)
+        used[found[name]] = None
+    return found
+
+
 def free_name(name: str, used: Mapping[str, object]) -> str:
-    """The name, or the first of `name_2`, `name_3` … that is not in use."""
+    """The name, or the first of `name_2`, `name_3` … that is not in use; after `lr_2` comes `lr_3`."""
+    stem, _, count_so_far = name.rpartition("_")
+    if name in used and count_so_far.isdigit() and stem in used:
+        name = stem
     count, candidate = 1, name
     while candidate in used:
         count += 1

@@ -12,6 +12,7 @@ from fallline.optim import Optimizer
 from fallline.optim.catalogue import CATALOGUE
 from fallline.optim.description import Call
 from fallline.optim.description import code as code_of
+from fallline.optim.schedules import Schedule
 from fallline.optim.torch_own import TorchOwn
 
 PROGRAM = """\
@@ -131,7 +132,7 @@ def optimizer_code(optimizer: Optimizer, steps: int, seed: int) -> str:
     info = CATALOGUE.get(optimizer.name)
     call = optimizer.call
     torch_has_it = info is not None and hasattr(torch.optim, info.torch_name or "-")
-    scheduled = call is not None and any(hasattr(value, "kind") for value in call.arguments.values())
+    scheduled = any(isinstance(number, Schedule) for number in optimizer.hyperparameters.values())
     if info is None or call is None or not torch_has_it or scheduled:
         drawn = f", seed={seed}" if any(name.startswith("seed") for name in optimizer.slot_names) else ""
         return f"{optimizer!r}.as_torch(model.named_parameters(), steps={steps}{drawn})"

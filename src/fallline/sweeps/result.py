@@ -15,7 +15,7 @@ import polars as pl
 import safetensors.torch
 import torch
 
-from fallline.errors import RunDirectoryError
+from fallline.errors import RunDirectoryError, UnknownName
 from fallline.evidence import Candidate, Ranking, rank
 from fallline.optim import Optimizer
 from fallline.optim.serial import from_data
@@ -154,8 +154,11 @@ class Result:
         return target
 
     def reproduction_code(self) -> str:
-        """The plain PyTorch program that repeats the winning trial."""
-        return self.best.code
+        """The plain PyTorch program that repeats the winning trial, or why there is none any more."""
+        try:
+            return self.best.code
+        except UnknownName as error:  # it was made by a function in a program that is not running now
+            return f"# The program cannot be written: {error}\n"
 
     def __str__(self) -> str:
         from fallline import reports

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fallline.optim import Landscape, Optimizer, State
+from fallline.optim import Optimizer, State
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.traced import trace
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
 from fallline.training.step import Program, gradients
-from fallline.training.trial import state_where
+from fallline.training.trial import apart_from, state_where
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
@@ -205,6 +205,7 @@ class Population:
         unharmed = self.device.type == "cpu" and bool(alive.all())
         for family, update, state in zip(self.families, updates, states, strict=True):
             rows = slice(family.start, family.stop)
+            state = apart_from([self._flat], state)
             self._flat[rows].add_(update if unharmed else torch.where(alive[rows], update, 0))
             if family.optimizer.moves_evaluation and not unharmed:
                 state = state_where(alive[rows], state, family.state)
@@ -296,15 +297,17 @@ class Population:
         surveys = family.optimizer.surveys(self.step)
 
         def rule(g: Any, s: Any, p: Any, n: Any, own: Any, x: Any, y: Any) -> Any:
-            landscape = Landscape.of(lambda at: self.program.loss_at(at, own, x, y), p) if surveys else None
-            return update(g, s, p, n, landscape=landscape)
+            landscape, left = self.program.pure_landscape(p, own, x, y) if surveys else (None, {})
+            return *update(g, s, p, n, landscape=landscape), left
 
         grads, params = self.layout.views(gradient[rows]), self.layout.views(flat[rows])
         arguments = grads, state, params, {name: each.squeeze(1) for name, each in numbers.items()}
         own = {name: tensor[rows] for name, tensor in constants.items()}
         if dim is not None:
             x, y = x[rows], y[rows]
-        updates, state = vmap(rule, in_dims=(0, 0, 0, 0, 0, dim, dim))(*arguments, own, x, y)
+        updates, state, left = vmap(rule, in_dims=(0, 0, 0, 0, 0, dim, dim))(*arguments, own, x, y)
+        for name, tensor in left.items():
+            own[name].copy_(tensor)
         return self.layout.flatten(updates, leading=1), state
 
     def _program(self, dim: int | None, *arguments: Any) -> Callable[..., Any]:

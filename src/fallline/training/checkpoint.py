@@ -59,7 +59,9 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not place.exists():
         return None
     try:
-        return safetensors.torch.load_file(place / TENSORS), json.loads((place / STATE).read_text())
+        # Copies lie where torch puts tensors; from other addresses its products round differently.
+        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(place / TENSORS).items()}
+        return tensors, json.loads((place / STATE).read_text())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise RunDirectoryError(f"{place} is not a checkpoint that can be read: {_reason(error)}.") from error
 

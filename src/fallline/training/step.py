@@ -17,6 +17,7 @@ from fallline.losses import Loss
 from fallline.optim import Landscape
 
 Named = Mapping[str, Tensor]
+Buffers = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,45 @@ class Program:
         """The functional form of the model and its loss: a scalar."""
         return self.loss(self.predict(params, constants, x), y)
 
-    def landscape(self, params: Named, x: Tensor, y: Tensor) -> Landscape:
-        """The loss on a mini-batch around the parameters of the module, with the module run as it is (any module)."""
+    def landscape(self, params: Mapping[str, nn.Parameter], x: Tensor, y: Tensor, slopes: Named) -> Landscape:
+        """The loss on a mini-batch around the parameters of the module, with the module run as it is (any module).
 
-        def slopes(at: Named, *, keep: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            with torch.enable_grad():
-                moved = {name: tensor.detach().requires_grad_() for name, tensor in {**params, **at}.items()}
-                loss = self.loss(functional_call(self.module, moved, (x,)), y)
-                return moved, gradients(loss, moved, keep=keep)
+        Args:
+            slopes: the gradients at the parameters; for the curvature, still part of their graph.
+        """
 
         def gradient(at: Named) -> dict[str, Tensor]:
-            found = slopes(at)[1]
+            with torch.enable_grad():
+                moved = {name: tensor.detach().requires_grad_() for name, tensor in {**params, **at}.items()}
+                found = gradients(self.loss(functional_call(self.module, moved, (x,)), y), moved)
             return {name: found[name] for name in at if name in found}
 
         def curvature(vector: Named) -> dict[str, Tensor]:
-            moved, found = slopes({}, keep=True)
             with torch.enable_grad():
-                along = torch.stack([(found[name] * v).sum() for name, v in vector.items() if name in found]).sum()
-                product = gradients(along, moved) if along.requires_grad else {}
+                along = torch.stack([(slopes[name] * v).sum() for name, v in vector.items() if name in slopes]).sum()
+                product = gradients(along, params) if along.requires_grad else {}
             return {name: product.get(name, torch.zeros_like(v)) for name, v in vector.items()}
 
         return Landscape(gradient, curvature)
+
+    def pure_landscape(self, params: Named, constants: Named, x: Tensor, y: Tensor) -> tuple[Landscape, Buffers]:
+        """The same for the functional form, and the constants as the passes leave them (BatchNorm's statistics)."""
+        latest = dict(constants)
+
+        def gradient(at: Named) -> dict[str, Tensor]:
+            def loss(some: Named, before: Named) -> tuple[Tensor, Buffers]:
+                copies = {name: tensor.clone() for name, tensor in before.items()}
+                return self.loss_at({**params, **some}, copies, x, y), copies
+
+            slopes, changed = torch.func.grad(loss, has_aux=True)(dict(at), dict(latest))
+            latest.update(changed)
+            found: dict[str, Tensor] = slopes
+            return found
+
+        def loss_alone(at: Named) -> Tensor:
+            return self.loss_at(at, {name: tensor.clone() for name, tensor in constants.items()}, x, y)
+
+        return Landscape(gradient, Landscape.of(loss_alone, params).curvature), latest
 
 
 def gradients(loss: Tensor, params: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:

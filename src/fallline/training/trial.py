@@ -8,7 +8,7 @@ made by `from_torch` is no rule: it gets a closure.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ class Trial:
             self._random = _random_state(device)
         module.train()
         self.program = Program(module, task.loss)
-        self.params: dict[str, Tensor] = dict(self.program.trainable())
+        self.params: dict[str, nn.Parameter] = self.program.trainable()
         self.order = BatchOrder(
             len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle
         )
@@ -144,9 +144,11 @@ class Trial:
             self.step += 1
             return loss
         loss = self.task.loss(self.module(x), y)
-        grads = gradients(loss, self.params)
+        surveys = self.optimizer.surveys(self.step)
+        slopes = gradients(loss, self.params, keep=surveys and any(t.curves for t in self.optimizer.transforms))
+        grads = {name: slope.detach() for name, slope in slopes.items()}
         loss = loss.detach()
-        landscape = self.program.landscape(self.params, x, y) if self.optimizer.surveys(self.step) else None
+        landscape = self.program.landscape(self.params, x, y, slopes) if surveys else None
         with torch.no_grad():
             self._finite = self._finite & torch.isfinite(loss)  # once diverged, a finite loss is no new life
             self._update(grads, self._finite, landscape)
@@ -190,10 +192,11 @@ class Trial:
             grads, self.state, params, self._numbers, steps=self.steps, step=self.step, landscape=landscape
         )
         self.state = state_where(finite, state, self.state) if self.optimizer.moves_evaluation else state
+        self.state = apart_from(params.values(), self.state)
         for name, update in updates.items():
             params[name].add_(torch.where(finite, update, 0))
 
-    def _trained(self) -> dict[str, Tensor]:
+    def _trained(self) -> Mapping[str, Tensor]:
         """The tensors that the optimizer sees: the parameters, or the vector that they are views of."""
         return {FLAT: self.flat} if self.flat is not None else self.params
 
@@ -259,6 +262,18 @@ def state_where(condition: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, dict):
         return {name: state_where(condition, tensor, old[name]) for name, tensor in new.items()}
     return torch.where(condition.reshape(-1, *[1] * (new.dim() - 1)) if condition.dim() else condition, new, old)
+
+
+def apart_from(params: Iterable[Tensor], state: Any) -> Any:
+    """The state, with copies of what shares memory with the parameters: those are moved in place."""
+    taken = {p.untyped_storage().data_ptr() for p in params}
+
+    def own(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {name: own(item) for name, item in tree.items()}
+        return tree.clone() if tree.untyped_storage().data_ptr() in taken else tree
+
+    return own(state)
 
 
 def _cuda_index(device: torch.device) -> list[torch.device]:
