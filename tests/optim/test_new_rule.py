@@ -382,3 +382,12 @@ def test_a_rule_that_keeps_the_parameter_itself_keeps_its_value():
     for result in found:  # the two are one algorithm
         losses = result.history.train_loss
         torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_number_that_is_also_an_item_of_a_tuple_is_refused():
+    def doubled(g, p, *, lr=0.1, betas=(0.9, 0.99), beta1=0.5):
+        """p ← p − lr · beta1 · betas · g."""
+        return -lr * g * beta1 * betas[0]
+
+    with pytest.raises(InvalidRule, match="has 'beta1' twice"):
+        fl.optim.rule(doubled)

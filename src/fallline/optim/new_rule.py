@@ -161,6 +161,10 @@ class _Form:
 def _maker(function: Callable[..., Any], elementwise: bool, domains: dict[str, Domain]) -> Callable[..., Optimizer]:
     flag("elementwise", elementwise)
     form = _form(function)
+    spelt = [item_name(n, i) for n, d in form.defaults.items() if _is_tuple_of_numbers(d) for i in range(len(d))]
+    for name in form.defaults:
+        if name in spelt:
+            raise InvalidRule(f"{form.name} has {name!r} twice: it is also an item of a tuple. Give it another name.")
     for name in domains:
         if name not in form.numbers(form.defaults):
             known = form.numbers(form.defaults)
