@@ -1,5 +1,6 @@
 """Every named optimizer against torch.optim (lion against the paper's algorithm), update by update."""
 
+import lion_pytorch
 import pytest
 import torch
 from hypothesis import given, settings
@@ -273,3 +274,22 @@ def same(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("arguments", [{"lr": 1e-2}, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}], ids=str)
+def test_lion_equals_lion_pytorch(arguments):
+    generator = torch.Generator().manual_seed(0)
+    begin = {"w": torch.randn(4, 3, generator=generator).double(), "b": torch.randn(3, generator=generator).double()}
+    theirs = {name: torch.nn.Parameter(p.clone()) for name, p in begin.items()}
+    other, ours = lion_pytorch.Lion(theirs.values(), **arguments), fl.optim.lion(**arguments)
+    params, state = dict(begin), ours.init(begin)
+    for step in range(50):
+        for p in theirs.values():
+            p.grad = torch.sin(3 * p.detach() + step) + 0.1
+        grads = {name: torch.sin(3 * p + step) + 0.1 for name, p in params.items()}
+        other.step()
+        updates, state = ours.update(grads, state, params)
+        params = {name: p + updates[name] for name, p in params.items()}
+    for name, p in params.items():
+        torch.testing.assert_close(p, theirs[name].detach(), rtol=1e-10, atol=1e-12)
+        assert (p != begin[name]).all()
