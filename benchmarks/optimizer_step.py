@@ -57,7 +57,7 @@ def contenders(info: OptimizerInfo, shapes: list[tuple[int, ...]], device: torch
 
         return closure
 
-    if any(transform.surveys is not None for transform in rule.transforms):
+    if rule.looks_around:
         optimizer = rule.as_torch(params, steps=1000)
         closure = with_gradients(params)
         return {"ours": lambda: optimizer.step(closure)}

@@ -57,7 +57,7 @@ def optimizers(names: Sequence[str], lr: str | None) -> list[Optimizer] | None:
         if rates is None:
             return None
         return [parse(name, lr=rates) for name in ("sgd", "sgd:momentum=0.9", "rmsprop", "adam")]
-    for text in names if lr is not None else ():
+    for text in names:
         refuse_two_learning_rates(text, lr)
     return [parse(text, lr=rates if rates is not None else learning_rate_grid(text)) for text in names]
 

@@ -146,8 +146,8 @@ def as_transform(optimizer: Optimizer | Transform) -> Transform:
         together=whole.together,
         evaluation=whole.evaluated if whole.moves_evaluation else None,
         phase=whole.phase if whole.has_phases else None,
-        surveys=whole.surveys if any(t.surveys is not None for t in whole.transforms) else None,
-        curves=any(t.curves for t in whole.transforms),
+        surveys=whole.surveys if whole.looks_around else None,
+        curves=whole.curves,
         check=lambda name, parameter: whole.check({name: parameter}),
     )
 

@@ -98,6 +98,16 @@ class Optimizer:
         return any(transform.evaluation is not None for transform in self.transforms)
 
     @property
+    def looks_around(self) -> bool:
+        """Whether at some steps it looks at the loss around the parameters."""
+        return any(transform.surveys is not None for transform in self.transforms)
+
+    @property
+    def curves(self) -> bool:
+        """Whether it looks at the curvature there, for which gradients must be differentiable themselves."""
+        return any(transform.curves for transform in self.transforms)
+
+    @property
     def hyperparameters(self) -> dict[str, Number]:
         """The numbers that the rule reads, by name; of two with one name the second is `eps_2`."""
         return {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fallline.errors import FalllineError, InvalidHyperparameter, Unsupported
 from fallline.optim.adam_family import adam, adamw
-from fallline.optim.around import around, as_transform, combinator, inner_optimizer
+from fallline.optim.around import around, combinator, inner_optimizer
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, in_interval, whole
 from fallline.optim.description import described
@@ -194,12 +194,12 @@ def accumulate(optimizer: Optimizer | Transform, every: int) -> Transform:
     """
     inner = inner_optimizer("accumulate", optimizer)
     whole("every", every)
-    if as_transform(inner).surveys is not None:
+    if inner.looks_around:
         raise Unsupported(
             f"{inner.name} looks at the loss around the parameters, which would be that of one small mini-batch, not "
             f"of all {every}: use larger mini-batches instead of accumulate."
         )
-    kept = {name: f"begun_with_{name}" for name in as_transform(inner).hyperparameters}
+    kept = {name: f"begun_with_{name}" for name in inner.hyperparameters}
 
     def at_start(parts: Sequence[Stage], n: Numbers, slots: Mapping[str, Slots]) -> Numbers:
         """The numbers with which this update was begun, under the names that the transform has for them."""
@@ -233,8 +233,8 @@ def accumulate(optimizer: Optimizer | Transform, every: int) -> Transform:
             return {name: torch.zeros_like(g) for name, g in updates.items()}, after
         means = {name: after[name]["mean_gradient"] for name in updates}
         found, after = parts[0].apply(means, after, params, at_start(parts, n, after), moment)
-        empty = {name: torch.zeros_like(after[name]["mean_gradient"]) for name in updates}
-        return found, {**after, **{name: {**after[name], "mean_gradient": mean} for name, mean in empty.items()}}
+        begun_anew = {name: {**after[name], "mean_gradient": torch.zeros_like(mean)} for name, mean in means.items()}
+        return found, {**after, **begun_anew}
 
     made = around(
         "accumulate",
@@ -274,7 +274,7 @@ def skip_not_finite(optimizer: Optimizer | Transform) -> Transform:
     (tensor([0., 0.]), tensor(1., dtype=torch.float64))
     """
     inner = inner_optimizer("skip_not_finite", optimizer)
-    if as_transform(inner).surveys is not None:
+    if inner.looks_around:
         raise InvalidHyperparameter(
             f"{inner.name} looks at a second gradient, which would not be looked at here: write "
             f"{inner.name}(skip_not_finite(…)) where it goes around another, or leave skip_not_finite out."

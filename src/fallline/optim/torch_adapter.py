@@ -86,7 +86,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         present = {name: self._present(name, value, done) for name, value in schedules.items()}
         super().add_param_group({_OWN_KEY: done, **param_group, **present})
         try:
-            rule.check(dict(zip(self._names(index), self.param_groups[index]["params"], strict=True)))
+            rule.check(dict(self._named(index)))
         except Exception:
             self.param_groups.pop()
             raise
@@ -221,13 +221,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             plan = self._plan(index, self._given(group))
             if kernels and plan.kernel is not None and self._made_by_kernel(plan.kernel, plan, index):
                 continue
-            named = zip(self._names(index), group["params"], strict=True)
-            params = {name: p for name, p in named if p.grad is not None}
+            params = {name: p for name, p in self._named(index) if p.grad is not None}
             if params:
                 plans.append(plan)
                 present.append(params)
-        first = plans[0].rule.transforms if plans else ()
-        if len(plans) > 1 and any(t.together or t.surveys is not None for t in first):
+        if len(plans) > 1 and (plans[0].rule.together or plans[0].rule.looks_around):
             return [self._joint_work(plans, present, closure)]
         works = []
         for plan, params in zip(plans, present, strict=True):
@@ -271,7 +269,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         if any(alike not in (plan.rule.structure, self._as_if_decaying(plan).structure) for plan in plans):
             raise InvalidHyperparameter(
                 f"{self.rule.name} acts on all parameters together, so its groups may differ in numbers, but not in "
-                "what is done with them (an option, or weight decay in some of them only)."
+                "what is done with them (an option such as use_bias_correction)."
             )
         params = {name: p for own in present for name, p in own.items()}
         device = next(iter(params.values())).device

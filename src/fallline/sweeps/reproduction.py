@@ -71,11 +71,9 @@ def code(spec: dict[str, Any], optimizer: Optimizer, loss_code: str, seed: int) 
     """
     task = spec["task"]
     n, batch_size = task["samples"], task["batch_size"]
-    looks_around = any(transform.surveys is not None for transform in optimizer.transforms)
-    curves = any(transform.curves for transform in optimizer.transforms)
     update = UPDATE
-    if looks_around or isinstance(optimizer, TorchOwn):
-        differentiable = "create_graph=optimizer.rule.surveys(step)" if curves else ""
+    if optimizer.looks_around or isinstance(optimizer, TorchOwn):
+        differentiable = "create_graph=optimizer.rule.surveys(step)" if optimizer.curves else ""
         update = UPDATE_WITH_CLOSURE.format(differentiable=differentiable)
     return PROGRAM.format(
         imports=imports(optimizer),

@@ -213,11 +213,14 @@ def sweep(
 
 def _check_parameters(task: Task, chosen: Sequence[Configuration]) -> None:
     """Each optimizer can train every parameter of the model (Muon cannot train vectors)."""
+    choosy = [c.optimizer for c in chosen if any(t.check is not None for t in c.optimizer.transforms)]
+    if not choosy:
+        return
     with torch.random.fork_rng([]):
         module = task.build_model(0)
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for configuration in chosen:
-        configuration.optimizer.check(params)
+    for optimizer in choosy:
+        optimizer.check(params)
 
 
 def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | None, name: str, began: float) -> None:

@@ -313,7 +313,8 @@ class _Record:
 
     def restore_best(self) -> None:
         """Gives the model the parameters of its best evaluation with `patience`, of the latest one without."""
-        self.trial.module.load_state_dict(self.best_model or self.trial.parameters())
+        if self.best_model or self.trial.optimizer.moves_evaluation:
+            self.trial.module.load_state_dict(self.best_model or self.trial.parameters())
 
     def history(self) -> History:
         evaluations = np.array(self.evaluations, dtype=np.float64).reshape(-1, 3)

@@ -145,7 +145,7 @@ class Trial:
             return loss
         loss = self.task.loss(self.module(x), y)
         surveys = self.optimizer.surveys(self.step)
-        slopes = gradients(loss, self.params, keep=surveys and any(t.curves for t in self.optimizer.transforms))
+        slopes = gradients(loss, self.params, keep=surveys and self.optimizer.curves)
         grads = {name: slope.detach() for name, slope in slopes.items()}
         loss = loss.detach()
         landscape = self.program.landscape(self.params, x, y, slopes) if surveys else None
