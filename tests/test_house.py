@@ -20,7 +20,8 @@ KNOWS = {
     "training": {"tasks", "optim", "losses"},
     "sweeps": {"training", "tasks", "optim", "losses", "evidence", "reports"},
     "reports": {"evidence"},
-    "cli": {"training", "tasks", "optim", "losses", "evidence", "reports", "sweeps"},
+    "diagnosis": {"training", "tasks", "optim", "losses"},
+    "cli": {"diagnosis", "training", "tasks", "optim", "losses", "evidence", "reports", "sweeps"},
 }
 
 
@@ -37,7 +38,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", KNOWS)
 def test_arrows_point_downwards(room):
-    for path in (SOURCE / room).glob("*.py"):
+    for path in (SOURCE / room).rglob("*.py"):
         assert imports(path) <= KNOWS[room] | {room}, path.name
 
 
@@ -54,7 +55,7 @@ def test_files_have_a_subject():
 
 
 def test_every_public_name_is_documented():
-    modules = [fl, fl.losses, fl.optim, fl.schedules, fl.tasks, fl.metrics, fl.evidence]
+    modules = [fl, fl.losses, fl.optim, fl.schedules, fl.tasks, fl.metrics, fl.evidence, fl.diagnosis]
     for module in modules:
         names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
         for name in names:

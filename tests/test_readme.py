@@ -12,6 +12,7 @@ from fallline.cli import main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()
+LOSSES = (ROOT / "docs" / "losses.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -28,9 +29,11 @@ def test_python_blocks_run(number, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "sine.html").stat().st_size > 100_000
         assert isinstance(names["optimizer"], names["torch"].optim.Optimizer)
     elif number == 1:
+        assert capsys.readouterr().out == blocks("text")[1]
+    elif number == 2:
         assert float(names["params"]["w"][0]) == pytest.approx(0.999, abs=1e-5)
     else:
-        told, shown = capsys.readouterr().out, blocks("text")[1]
+        told, shown = capsys.readouterr().out, blocks("text")[2]
         for text in (told, shown):  # what is shown is what it prints, but for the machine's round-off
             assert re.search(r"adam at lr 0\.03162 reaches an accuracy of 0\.9[67]", text)
             assert re.search(r"1 +adam .*\n *2 +signum", text)
@@ -45,6 +48,20 @@ def test_every_optimizer_is_in_the_document_about_them():
     for name in fl.optim.catalogue.CATALOGUE:
         assert f"`{name}`" in OPTIMIZERS, name
     assert f"There are {len(fl.optim.catalogue.CATALOGUE)} named ones" in README
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python", LOSSES))))
+def test_python_blocks_about_losses_run(number, capsys):
+    code = blocks("python", LOSSES)[number]
+    exec(code, {})
+    if "print(found)" in code:
+        assert capsys.readouterr().out == blocks("text", LOSSES)[0]
+
+
+def test_every_loss_is_in_the_document_about_them():
+    for name in fl.losses.registry:
+        assert f"`{name}`" in LOSSES, name
+    assert f"There are {len(fl.losses.registry)} losses" in README
 
 
 def test_the_losses_of_the_line_are_those_that_the_command_prints(monkeypatch, capsys):

@@ -14,9 +14,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fallline import errors, evidence, losses, optim, tasks
+    from fallline import diagnosis, errors, evidence, losses, optim, tasks
+    from fallline.diagnosis.sanity import check
+    from fallline.dimensions import grid, log_grid, log_uniform, uniform
     from fallline.optim import schedules
-    from fallline.optim.dimensions import grid, log_grid, log_uniform, uniform
     from fallline.sweeps.result import Result, load
     from fallline.sweeps.sweep import sweep
     from fallline.tasks import metrics
@@ -30,26 +31,30 @@ _HOMES = {
     "Result": ("fallline.sweeps.result", "Result"),
     "Run": ("fallline.training.fit", "Run"),
     "Task": ("fallline.tasks.task", "Task"),
+    "check": ("fallline.diagnosis.sanity", "check"),
+    "diagnosis": ("fallline.diagnosis", ""),
     "errors": ("fallline.errors", ""),
     "evidence": ("fallline.evidence", ""),
     "fit": ("fallline.training.fit", "fit"),
-    "grid": ("fallline.optim.dimensions", "grid"),
+    "grid": ("fallline.dimensions", "grid"),
     "load": ("fallline.sweeps.result", "load"),
-    "log_grid": ("fallline.optim.dimensions", "log_grid"),
-    "log_uniform": ("fallline.optim.dimensions", "log_uniform"),
+    "log_grid": ("fallline.dimensions", "log_grid"),
+    "log_uniform": ("fallline.dimensions", "log_uniform"),
     "losses": ("fallline.losses", ""),
     "metrics": ("fallline.tasks.metrics", ""),
     "optim": ("fallline.optim", ""),
     "schedules": ("fallline.optim.schedules", ""),
     "sweep": ("fallline.sweeps.sweep", "sweep"),
     "tasks": ("fallline.tasks", ""),
-    "uniform": ("fallline.optim.dimensions", "uniform"),
+    "uniform": ("fallline.dimensions", "uniform"),
 }
 
 __all__ = [
     "Result",
     "Run",
     "Task",
+    "check",
+    "diagnosis",
     "errors",
     "evidence",
     "fit",

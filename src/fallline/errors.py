@@ -57,6 +57,10 @@ class TrainedSequentially(UserWarning):
     """A sweep goes on one trial at a time, because its model cannot be vectorised; the message says why."""
 
 
+class LossMisused(UserWarning):
+    """A loss that very likely does not measure what is meant; the message says why, and how to mend it."""
+
+
 def unknown_argument(taker: str, name: str, known: Iterable[str]) -> UnknownArgument:
     """The error for a keyword that `taker` does not take, with the nearest one that it does.
 

@@ -127,6 +127,11 @@ def test_lists_have_a_line_each(fallline, command: str):
         lines = lines[:-2]
         (adam,) = (line for line in lines if line.startswith("adam "))
         assert re.fullmatch(r"adam +2 +p − lr·m̂/\(√v̂ \+ eps\) +Kingma & Ba 2015 *", adam)
+    if command == "losses":
+        assert lines.pop(0).split() == ["loss", "prediction", "target", "formula"]
+        assert lines.pop().startswith("Use: --loss NAME")
+        (huber,) = (line for line in lines if line.startswith("huber "))
+        assert re.fullmatch(r"huber +real values \[N, …\] +real values \[N, …\] +d²/2 up to d .* beyond *", huber)
     assert [line.split()[0] for line in lines] == list(names[command])
 
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import fallline as fl
+from fallline.dimensions import Dimension
 from fallline.errors import FalllineError, Unsupported
 from fallline.optim import Landscape, Optimizer
 from fallline.optim.catalogue import CATALOGUE
-from fallline.optim.dimensions import Dimension
 from fallline.optim.serial import from_data, to_data
 
 STEPS = 50

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fallline as fl
-from fallline.optim import catalogue, dimensions
+from fallline import dimensions
+from fallline.optim import catalogue
 from fallline.optim.serial import from_data, to_data
 from plain_loop import PAIRS
 

@@ -143,7 +143,7 @@ def build(
             }
             for o in optimizers
         ],
-        "losses": list(losses),
+        "losses": [{"label": loss, "code": f"fl.losses.{loss}()"} for loss in losses],
         "seeds": list(range(seeds)),
         "steps": steps,
         "epochs": steps / 23,

@@ -214,10 +214,11 @@ def test_a_result_without_recorded_steps_still_has_a_page(make_result) -> None:
 
 
 def test_the_sweep_is_told_in_python_where_no_command_made_it(result) -> None:
-    code = sweep_code({**result.spec, "command": None, "losses": ["mse", "huber"], "task_code": "fl.tasks.digits()"})
+    losses = [{"label": "mse", "code": "fl.losses.mse()"}, {"label": "huber", "code": "fl.losses.huber(delta=0.5)"}]
+    code = sweep_code({**result.spec, "command": None, "losses": losses, "task_code": "fl.tasks.digits()"})
     assert "fl.tasks.digits()," in code
     compile(code.replace("[…]", "[1]"), "report", "exec")
-    assert "losses=['mse', 'huber']" in code
+    assert "losses=[fl.losses.mse(),fl.losses.huber(delta=0.5),]," in "".join(code.split())
     assert "seeds=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]" in code
 
 

@@ -17,7 +17,7 @@ def job(folder, steps=40):
     plans = search.trials(chosen, [0, 1, 2])[1:]  # one of three diverging ones would leave at once
     plans = [search.TrialPlan(i, p.configuration, p.seed) for i, p in enumerate(p for p in plans if p.index != 9)]
     (folder / "parameters").mkdir(parents=True)
-    return Job({repr(task.loss): task}, plans, "vectorised", torch.device("cpu"), steps, 20, folder, "best")
+    return Job(task, plans, "vectorised", torch.device("cpu"), steps, 20, folder, "best")
 
 
 def test_a_pack_that_stops_in_the_middle_of_a_block_loses_nothing(tmp_path, monkeypatch):

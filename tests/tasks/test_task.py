@@ -198,14 +198,14 @@ def nan(prediction: Tensor, target: Tensor) -> Tensor:
     ("loss", "words"),
     [
         (lambda p, t: (p - t).square(), r"returns a tensor of shape \[8, 1\]"),
-        (lambda p, t: 3.0, "returns a float"),
+        (lambda p, t: 3.0, "returned a float"),
         (lambda p, t: (p - t).mean().item(), "without .item"),
-        (nan, "is nan on the first train batch"),
-        (lambda p, t: p.nonsense, "fails on the first train batch: AttributeError"),
+        (nan, "gave nan"),
+        (lambda p, t: p.nonsense, "raised AttributeError"),
     ],
 )
 def test_a_loss_that_is_not_one_finite_number_is_refused(loss: Callable[..., Any], words: str) -> None:
-    with pytest.raises(InvalidTask, match=words):
+    with pytest.raises((InvalidTask, LossMismatch), match=words):
         task(model=regressor, train=(X, NUMBERS), loss=loss).check()
 
 
@@ -230,7 +230,6 @@ def test_every_label_is_looked_at_not_only_the_first_batch(part: str) -> None:
         ({"train": (X, LABELS.float())}, "target.long()"),
         ({"train": (X, LABELS[:, None])}, "target.squeeze"),
         ({"model": regressor, "train": (X, NUMBERS[:, 0]), "loss": "mse"}, "target.unsqueeze"),
-        ({"model": regressor, "train": (X, LABELS[:, None]), "loss": nn.MSELoss()}, "target.to"),
         ({"model": lambda: Collapsing(3, 4)}, "one output for each class"),
     ],
 )

@@ -92,10 +92,11 @@ def fit(
 
     go_on = f"go on with: {_command(resume=resume)}" if out else "give --out DIR to be able to go on next time."
     try:
-        run = fl.fit(
-            chosen, made, loss=loss, epochs=epochs, steps=steps, seed=seed, device=device, patience=patience,
-            out=out, resume=resume, on_epoch=tell,
-        )  # fmt: skip
+        with _warnings_as_sentences():
+            run = fl.fit(
+                chosen, made, loss=loss, epochs=epochs, steps=steps, seed=seed, device=device, patience=patience,
+                out=out, resume=resume, on_epoch=tell,
+            )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"Stopped at once; {go_on}", err=True)
         raise typer.Exit(130) from None
@@ -190,6 +191,39 @@ def report(
 
 
 @app.command()
+def check(
+    task: Task,
+    loss: Annotated[str | None, typer.Option(help="A loss by name, instead of the task's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the model that is looked at.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Look for what is wrong before training: the loss, the model, the data. Exit code 1 if something is."""
+    import fallline as fl
+    from fallline.diagnosis import examine
+
+    chosen = fl.tasks.resolve(task)
+    if loss is not None:
+        chosen = chosen.with_loss(loss)
+    count = {"error": 0, "warning": 0, "note": 0}
+    for outcome in examine(chosen, seed=seed, device=device):
+        worst = min((finding.severity for finding in outcome.findings), key=list(count).index, default="ok")
+        typer.echo(f"{_styled(worst)} {outcome.check}: {outcome.figure}")
+        for finding in outcome.findings:
+            count[finding.severity] += 1
+            typer.echo(f"        {typer.style(finding.code, bold=True)}: {finding.message}")
+            typer.echo(f"        Fix: {typer.style(finding.fix, fg='cyan')}")
+    told = ", ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in count.items() if number)
+    typer.echo(f"{chosen.name}: {told or 'nothing to complain of'}.")
+    if count["error"]:
+        raise typer.Exit(1)
+
+
+def _styled(severity: str) -> str:
+    colours = {"error": "red", "warning": "yellow", "note": "blue", "ok": "green"}
+    return typer.style(f"{severity:>7}", fg=colours[severity], bold=severity == "error")
+
+
+@app.command()
 def tasks() -> None:
     """List the built-in tasks."""
     from fallline.tasks import describe_builtins
@@ -213,11 +247,16 @@ def optimizers() -> None:
 
 @app.command()
 def losses() -> None:
-    """List the losses."""
-    from fallline.losses import registry
+    """List the losses: prediction, target, formula."""
+    from fallline.losses.catalogue import CATALOGUE
 
-    first = [(name, (make.__doc__ or "").strip().split("\n\n")[0]) for name, make in registry.items()]
-    _list([(name, " ".join(paragraph.split())) for name, paragraph in first])
+    rows = []
+    for info in CATALOGUE.values():
+        loss = info.plain()
+        prediction, target = loss.shapes
+        rows.append((info.name, f"{loss.prediction} {prediction}", f"{loss.target} {target}", loss.formula))
+    _list(rows, ("loss", "prediction", "target", "formula"))
+    typer.echo("Use: --loss NAME, or NAME:argument=value,… Arguments and sources: help(fl.losses.NAME) in Python.")
 
 
 def _list(rows: Sequence[tuple[str, ...]], titles: Sequence[str] = ()) -> None:
@@ -250,14 +289,15 @@ def _warnings_as_sentences() -> Iterator[None]:
     """A warning of ours is a sentence on standard error, without the place in the code that warned."""
     import warnings
 
-    from fallline.errors import TrainedSequentially
+    from fallline.errors import LossMisused, TrainedSequentially
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", TrainedSequentially)
+        for ours in (LossMisused, TrainedSequentially):
+            warnings.simplefilter("always", ours)
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
-            if category is TrainedSequentially:
+            if category in (LossMisused, TrainedSequentially):
                 typer.echo(f"fallline: {message}", err=True)
             else:
                 others(message, category, *place, **named)

@@ -23,7 +23,7 @@ def learning_rates(text: str) -> Any:
     >>> learning_rates("0.001:0.1:3")
     fl.grid([0.001, 0.01, 0.1])
     """
-    from fallline.optim.dimensions import grid, log_grid
+    from fallline.dimensions import grid, log_grid
 
     if ":" in text:
         parts = text.split(":")

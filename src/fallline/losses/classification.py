@@ -1,44 +1,191 @@
-"""Losses for classes: cross-entropy over several, and binary cross-entropy for yes or no. Neighbour:
-`regression`.
+"""Losses for one of several classes, as torch has them: cross-entropy, negative log-likelihood, multi-class margin.
 
-Cross-entropy is spelt out instead of calling torch's, because `log_softmax` over a short last dimension and
-the vmapped `nll_loss` cost three times as much on a CPU; the tests hold both to the same values and
-gradients.
+Neighbours: `reweighted` for cross-entropies that weigh easy, hard and mislabelled samples differently, `ordinal` for
+classes with an order, `binary` for yes or no.
+
+They are spelt out instead of calling torch's, because `log_softmax` over a short last dimension and the vmapped
+`nll_loss` cost three times as much on a CPU, and torch's margin loss has no second derivative.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from fallline.errors import InvalidHyperparameter, LossMismatch
-from fallline.losses.base import Loss, checked_reduction, spelled
-from fallline.losses.checks import check_binary, check_classes, require_same_shape
-from fallline.losses.keywords import knows_its_keywords
+from fallline.losses.arguments import number, reduced, same_shape
+from fallline.losses.base import Loss, Number, Numbers, Prediction, Target, loss_maker
+from fallline.losses.info import Invalid, LossInfo
+
+Weighting: TypeAlias = Literal["classes", "samples"]
+
+
+def class_dimension(loss: str, prediction: Tensor, target: Tensor) -> int:
+    """The dimension of the classes in a prediction [N, C, …] for class indices [N, …], or in [C] for a single index.
+
+    Raises:
+        LossMismatch: for other shapes.
+    """
+    dimension = min(1, prediction.ndim - 1)
+    if prediction.ndim and target.shape == (*prediction.shape[:dimension], *prediction.shape[dimension + 1 :]):
+        return dimension
+    fix = "Let the classes be dimension 1 of the prediction, and the target have every other one of its dimensions."
+    if target.ndim == prediction.ndim and target.shape[-1:] == (1,):
+        fix = "Take the last dimension of the target away: target.squeeze(-1)."
+    elif target.shape == prediction.shape[:-1]:
+        fix = "Move the classes to dimension 1: prediction.movedim(-1, 1)."
+    elif target.shape == prediction.shape:
+        fix = "Make indices of one-hot rows: target.argmax(1)."
+    raise LossMismatch(
+        f"{loss} was given a prediction of shape {list(prediction.shape)} and class indices of shape "
+        f"{list(target.shape)}, and expects [N, C, …] and [N, …]. {fix}"
+    )
+
+
+def kept_and_index(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which labels count, and the labels with 0 in place of those that do not (whose values are replaced by 0)."""
+    kept = target != ignore_index
+    return kept, (target * kept).long()
+
+
+def at(scores: Tensor, index: Tensor, dimension: int) -> Tensor:
+    """The scores of the classes `index`."""
+    return scores.gather(dimension, index.unsqueeze(dimension)).squeeze(dimension)
+
+
+def per_class(loss: str, prediction: Tensor, weight: tuple[float, ...], dimension: int) -> Tensor:
+    """Class weights as a tensor [C] of the prediction's type.
+
+    Raises:
+        LossMismatch: if there are not as many as classes.
+    """
+    classes = prediction.shape[dimension]
+    if len(weight) != classes:
+        raise LossMismatch(
+            f"{loss} was given {len(weight)} class weights and a prediction of shape {list(prediction.shape)}, and "
+            f"expects {classes}, one for each class."
+        )
+    return prediction.new_tensor(weight)
+
+
+def class_weights(loss: str, weight: object, name: str = "weight", each: str = "class") -> tuple[float, ...] | None:
+    """One weight for each class, or each of something else, all of them finite numbers ≥ 0.
+
+    Raises:
+        InvalidHyperparameter: for anything else.
+    """
+    if weight is None:
+        return None
+    if not isinstance(weight, tuple) or not weight or not all(map(_is_weight, weight)):
+        raise InvalidHyperparameter(
+            f"{loss} was given {name}={weight!r}, and expects one finite number ≥ 0 per {each}."
+        )
+    return tuple(map(float, weight))
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def label_to_ignore(loss: str, ignore_index: object) -> int:
+    """A whole number.
+
+    Raises:
+        InvalidHyperparameter: for anything else.
+    """
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise InvalidHyperparameter(f"{loss} was given ignore_index={ignore_index!r}, and expects a whole number.")
+    return ignore_index
 
 
 def _cross_entropy(
     prediction: Tensor,
     target: Tensor,
+    numbers: Numbers,
     *,
-    weight: Tensor | None,
+    weight: tuple[float, ...] | None,
     ignore_index: int,
-    label_smoothing: float | Tensor,
+    weighting: Weighting,
 ) -> tuple[Tensor, Tensor | None]:
-    if weight is not None:
-        weight = weight.to(device=prediction.device, dtype=prediction.dtype)
+    label_smoothing = numbers["label_smoothing"]
     if target.is_floating_point():
-        return _against_probabilities(prediction, target, weight, label_smoothing)
-    return _against_indices(prediction, target, weight, ignore_index, label_smoothing)
+        if ignore_index >= 0:
+            raise LossMismatch(
+                f"cross_entropy was given ignore_index={ignore_index} and class probabilities, and expects class "
+                "indices with it. Leave it out, and give rows of zeros to samples that should count for nothing."
+            )
+        return _of_probabilities(prediction, target, label_smoothing, weight, weighting)
+    return _of_indices(prediction, target, label_smoothing, weight, ignore_index, weighting)
+
+
+def _of_indices(
+    prediction: Tensor,
+    target: Tensor,
+    label_smoothing: Number,
+    weight: tuple[float, ...] | None,
+    ignore_index: int,
+    weighting: Weighting,
+) -> tuple[Tensor, Tensor]:
+    dimension = class_dimension("cross_entropy", prediction, target)
+    kept, index = kept_and_index(target, ignore_index)
+    shifted, normaliser = _shifted(prediction, dimension)
+    picked = at(shifted, index, dimension)
+    smooths = isinstance(label_smoothing, Tensor) or label_smoothing != 0
+    share = label_smoothing / prediction.shape[dimension]
+    if smooths and (weight is None or weighting == "samples"):
+        picked = (1 - label_smoothing) * picked + share * _sum(shifted, dimension, label_smoothing)
+    if weight is None:
+        values, weights = normaliser - picked, kept
+    else:
+        each = per_class("cross_entropy", prediction, weight, dimension)
+        weights = each[index] * kept
+        values = weights * (normaliser - picked)
+        if 0.0 in weight:
+            values = torch.where(weights != 0, values, 0.0)  # 0 · ∞ is 0
+        if smooths and weighting == "classes":
+            each = _along(each, prediction, dimension)
+            if 0.0 in weight:
+                shifted = torch.where(each == 0, 0.0, shifted)
+            total = sum(weight) * normaliser - _sum(each * shifted, dimension, label_smoothing)
+            values = (1 - label_smoothing) * values + share * total
+    if isinstance(label_smoothing, Tensor):
+        values = _overflowing(values)
+    return torch.where(kept, values, 0.0), weights
+
+
+def _of_probabilities(
+    prediction: Tensor,
+    target: Tensor,
+    label_smoothing: Number,
+    weight: tuple[float, ...] | None,
+    weighting: Weighting,
+) -> tuple[Tensor, Tensor | None]:
+    same_shape("cross_entropy", prediction, target)
+    dimension = min(1, prediction.ndim - 1)
+    shifted, normaliser = _shifted(prediction, dimension)
+    weights = None
+    if weight is not None:
+        each = _along(per_class("cross_entropy", prediction, weight, dimension), prediction, dimension)
+        if weighting == "samples":
+            weights = (target * each).sum(dimension)
+    if isinstance(label_smoothing, Tensor) or label_smoothing != 0:
+        target = target * (1 - label_smoothing) + label_smoothing / shifted.shape[dimension]
+    if weight is not None and weights is None:
+        target = target * each
+    # A logit −∞ counts for nothing where its probability is 0, though 0 · ∞ is NaN.
+    values = normaliser * target.sum(dimension) - (target * _finite(shifted)).sum(dimension)
+    values = _overflowing(values)
+    return (values, None) if weights is None else (torch.where(weights != 0, weights * values, 0.0), weights)
 
 
 def _shifted(prediction: Tensor, dimension: int) -> tuple[Tensor, Tensor]:
-    """Logits minus their maximum, and the logarithm of the sum of their exponentials, which is then at most
-    log C.
+    """Logits minus their maximum, and the logarithm of the sum of their exponentials, which is then at most log C.
 
     The maximum is a constant to the gradient: it cancels between the two.
     """
@@ -46,197 +193,274 @@ def _shifted(prediction: Tensor, dimension: int) -> tuple[Tensor, Tensor]:
     return shifted, shifted.exp().sum(dimension).log()
 
 
-def _smooths(label_smoothing: float | Tensor) -> bool:
-    return isinstance(label_smoothing, Tensor) or label_smoothing != 0
+def _sum(terms: Tensor, dimension: int, label_smoothing: Number) -> Tensor:
+    """The sum over the classes; finite where the smoothing of one of several trials may be 0, for 0 · ∞ is NaN."""
+    total = terms.sum(dimension)
+    return _finite(total) if isinstance(label_smoothing, Tensor) else total
 
 
-def _against_indices(
-    prediction: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float | Tensor,
+def _finite(terms: Tensor) -> Tensor:
+    """−∞ made the lowest number of the type, with gradient 0."""
+    lowest = torch.finfo(terms.dtype).min
+    return functional.threshold(terms, lowest, lowest)  # one kernel each way, where clamp and where take three
+
+
+def _overflowing(values: Tensor) -> Tensor:
+    """Infinite again where a lowest number has found its way into a value; the gradient remains."""
+    return values + torch.where(values > 1e30, math.inf, 0.0)
+
+
+def _along(weights: Tensor, prediction: Tensor, dimension: int) -> Tensor:
+    return weights.reshape(-1, *[1] * (prediction.ndim - 1 - dimension))
+
+
+def _nll(
+    prediction: Tensor, target: Tensor, numbers: Numbers, *, weight: tuple[float, ...] | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    dimension = min(1, prediction.ndim - 1)
-    if prediction.ndim != target.ndim + 1:
-        check_classes("cross_entropy", prediction, target)  # says what is wrong; shapes are static
-    kept = target != ignore_index
-    index = target * kept  # any class will do for an ignored label: its value is replaced by 0 below
-    shifted, normaliser = _shifted(prediction, dimension)
-    picked = shifted.gather(dimension, index.unsqueeze(dimension)).squeeze(dimension)
+    dimension = class_dimension("nll", prediction, target)
+    kept, index = kept_and_index(target, ignore_index)
+    picked = at(prediction, index, dimension)
     if weight is None:
-        if _smooths(label_smoothing):
-            picked = torch.lerp(picked, shifted.mean(dimension), label_smoothing)
-        return torch.where(kept, normaliser - picked, 0.0), kept
-    weights = weight[index] * kept
-    values = weights * (normaliser - picked)
-    if _smooths(label_smoothing):
-        along = weight.reshape(-1, *[1] * (prediction.ndim - 1 - dimension))
-        spread = weight.sum() * normaliser - (along * shifted).sum(dimension)
-        values = (1 - label_smoothing) * values + label_smoothing / shifted.shape[dimension] * spread
-    return torch.where(kept, values, 0.0), weights
+        return torch.where(kept, -picked, 0.0), kept
+    weights = per_class("nll", prediction, weight, dimension)[index] * kept
+    return torch.where(weights != 0, -weights * picked, 0.0), weights
 
 
-def _against_probabilities(
-    prediction: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float | Tensor
+def _multi_margin(
+    prediction: Tensor, target: Tensor, numbers: Numbers, *, p: int, weight: tuple[float, ...] | None
 ) -> tuple[Tensor, None]:
-    require_same_shape("cross_entropy", prediction, target)
-    dimension = min(1, prediction.ndim - 1)
-    shifted, normaliser = _shifted(prediction, dimension)
-    if _smooths(label_smoothing):
-        target = target * (1 - label_smoothing) + label_smoothing / shifted.shape[dimension]
+    dimension = class_dimension("multi_margin", prediction, target)
+    index = target.long().unsqueeze(dimension)
+    classes = torch.arange(prediction.shape[dimension], device=prediction.device)
+    lack = numbers["margin"] - prediction.gather(dimension, index) + prediction
+    # relu has the gradient 0 at 0, as torch's margin loss; clamp has 1.
+    hinges = torch.where(_along(classes, prediction, dimension) != index, lack, 0.0).relu()
+    values = (hinges if p == 1 else hinges.square()).mean(dimension)
     if weight is not None:
-        target = target * weight.reshape(-1, *[1] * (prediction.ndim - 1 - dimension))
-    return (target * (normaliser.unsqueeze(dimension) - shifted)).sum(dimension), None
+        values = values * per_class("multi_margin", prediction, weight, dimension)[target.long()]
+    return values, None
 
 
-@knows_its_keywords
+@loss_maker
 def cross_entropy(
     *,
     weight: Tensor | Sequence[float] | None = None,
     ignore_index: int = -100,
-    label_smoothing: float | Tensor = 0.0,
+    label_smoothing: Number = 0.0,
+    weighting: Weighting = "classes",
     reduction: str = "mean",
 ) -> Loss:
     """The cross-entropy between logits z and classes: −log softmax(z)[y] = log Σ_c exp(z_c) − z_y.
 
-    With class weights w and label smoothing ε over C classes, a sample has the value
-    (1 − ε)·w_y·(−log p_y) + (ε/C)·Σ_c w_c·(−log p_c), and the mean divides by Σ w_y over the labels that are
-    not ignored. Class probabilities q as target give −Σ_c w_c·q_c·log p_c, and their mean divides by their
-    number.
+    In general −Σ_c q_c·log p_c with p = softmax(z), where q is 1 for the class y, or the class probabilities that the
+    target gives. Label smoothing ε puts (1 − ε)·q + ε/C in the place of q. Class weights w enter in one of two ways:
 
-    Prediction: logits [N, C] or [N, C, d1, …], without a softmax. Target: class indices [N] or [N, d1, …] of
-    type int64, or probabilities of the prediction's shape and type. Equal to `torch.nn.CrossEntropyLoss`,
-    except where every label is ignored: 0 with a zero gradient here, NaN there.
+        weighting="classes":  −Σ_c w_c·q_c·log p_c with the smoothed q. The mean divides by Σ w_y over the labels that
+                              count; for class probabilities, by their number.
+        weighting="samples":  −W·Σ_c q_c·log p_c with the smoothed q, where W = w_y, or Σ_c w_c·q_c before smoothing.
+                              The mean divides by Σ W.
+
+    The first is what torch computes. Together with label smoothing or class probabilities it does not weigh samples:
+    it asks for p_c ∝ w_c·q_c, so that a class of great weight is predicted wherever smoothing leaves it ε/C
+    (pytorch#104776), the denominator leaves out the weights of the smoothed part, and one-hot rows give another mean
+    than their indices (pytorch#61309). The second asks for p = q whatever the weights are, is a weighted mean of
+    cross-entropies, and gives the same for one-hot rows and indices. Both are equal for indices without smoothing.
+    Since the mean divides by the weights, they cancel in a batch whose labels are all of one class (pytorch#8062);
+    reduction="sum" keeps them.
+
+    Prediction: logits [N, C] or [N, C, d1, …], without a softmax; or [C] with a single index. Target: class indices
+    [N] or [N, d1, …] of an integer type, or probabilities of the prediction's shape.
+
+    Equal to `torch.nn.CrossEntropyLoss` with weighting="classes", except that these are 0 here and NaN there: the mean
+    where every label is ignored (pytorch#70348) or has weight 0, with a zero gradient, and the part of a class that
+    has probability or weight 0 in the target, and the logit −∞. Label smoothing makes the value of a sample with a
+    logit −∞ infinite here and there; its gradient is finite.
 
     Args:
-        weight: one number ≥ 0 for each class, shape [C].
-        ignore_index: the label of those samples that count for nothing.
+        weight: one finite number ≥ 0 for each class, shape [C].
+        ignore_index: the label of those samples that count for nothing. Class probabilities cannot be ignored.
         label_smoothing: ε from 0 to 1; a number or a 0-dimensional tensor.
-        reduction: "mean" or "sum".
+        weighting: "classes" or "samples", what the weights weigh.
+        reduction: "mean", "sum" or "none".
 
     Raises:
-        InvalidHyperparameter: for weights below 0, an ε outside [0, 1], an `ignore_index` that is no whole
-            number.
-        LossMismatch: when called with shapes that cannot be compared.
+        InvalidHyperparameter: for weights below 0, an ε outside [0, 1], an `ignore_index` that is no whole number, an
+            unknown `weighting` or `reduction`.
+        LossMismatch: when called with shapes that do not fit, as many weights as there are not classes, or class
+            probabilities together with an `ignore_index` ≥ 0.
 
-    Source: label smoothing, C. Szegedy et al., "Rethinking the Inception architecture", arXiv 1512.00567.
+    Source: label smoothing, C. Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016.
 
     >>> cross_entropy()(torch.tensor([[0.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 1]))
     tensor(0.3466)
     """
-    given: dict[str, object] = {}
-    if weight is not None:
-        weight = _class_weights(weight)
-        given["weight"] = weight.tolist()
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if weighting not in ("classes", "samples"):
         raise InvalidHyperparameter(
-            f"cross_entropy was given ignore_index={ignore_index!r}, and expects a whole number."
+            f"cross_entropy was given weighting={weighting!r}, and expects 'classes' or 'samples'."
         )
-    if not isinstance(label_smoothing, Tensor):
-        _require_fraction("cross_entropy", "label_smoothing", label_smoothing)
-    given |= {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    defaults = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
     return Loss(
         name="cross_entropy",
         kind="classification",
-        terms=partial(_cross_entropy, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing),
-        arguments=given,
-        reduction=checked_reduction(reduction),
-        validate=partial(check_classes, "cross_entropy", weight=weight, ignore_index=ignore_index),
-        source=partial(
-            spelled,
-            "torch.nn.CrossEntropyLoss",
-            {**given, "weight": weight, "reduction": reduction},
-            defaults,
+        terms=partial(
+            _cross_entropy,
+            weight=class_weights("cross_entropy", weight),
+            ignore_index=label_to_ignore("cross_entropy", ignore_index),
+            weighting=weighting,
         ),
+        prediction=Prediction.LOGITS,
+        target=Target.CLASSES_OR_PROBABILITIES,
+        shapes=("[N, C, …]", "[N, …] or [N, C, …]"),
+        formula="log Σ_c exp(z_c) − z_y",
+        numbers={"label_smoothing": number("cross_entropy", "label_smoothing", label_smoothing, low=0, high=1)},
+        reduction=reduced("cross_entropy", reduction),
+        torch_name="CrossEntropyLoss",
     )
 
 
-def _class_weights(weight: Tensor | Sequence[float]) -> Tensor:
-    tensor = weight.detach() if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.get_default_dtype())
-    if tensor.ndim != 1 or not bool((tensor >= 0).all()) or not bool(tensor.isfinite().all()):
-        raise InvalidHyperparameter(
-            f"cross_entropy was given weight={tensor.tolist()}, and expects one finite number ≥ 0 for each class."
-        )
-    return tensor
-
-
-def _require_fraction(loss: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InvalidHyperparameter(f"{loss} was given {name}={value!r}, and expects a number from 0 to 1.")
-
-
-def _binary_cross_entropy(
-    prediction: Tensor, target: Tensor, *, weight: Tensor | None, pos_weight: Tensor | None
-) -> tuple[Tensor, None]:
-    require_same_shape("binary_cross_entropy_with_logits", prediction, target)
-    # −log(1 − σ(z)) = z − log σ(z), so that both parts need only log σ(z), which neither over- nor
-    # underflows.
-    log_likelihood = functional.logsigmoid(prediction)
-    if pos_weight is not None:
-        log_likelihood = log_likelihood * (1 + (pos_weight.to(prediction) - 1) * target)
-    values = (1 - target) * prediction - log_likelihood
-    if weight is not None:
-        values = values * weight.to(prediction)
-        if values.shape != prediction.shape:
-            raise LossMismatch(
-                f"binary_cross_entropy_with_logits was given a weight of shape {list(weight.shape)} that "
-                f"does not broadcast to the prediction's shape {list(prediction.shape)}."
-            )
-    return values, None
-
-
-@knows_its_keywords
-def binary_cross_entropy_with_logits(
+@loss_maker
+def nll(
     *,
-    weight: Tensor | float | None = None,
-    pos_weight: Tensor | float | None = None,
+    weight: Tensor | Sequence[float] | None = None,
+    ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Loss:
-    """The cross-entropy of yes or no for a logit z and a target y in [0, 1]: −y·log σ(z)·p − (1 − y)·log(1 −
-    σ(z)).
+    """The negative log-likelihood of classes: −w_y·x_y for log-probabilities x; the mean divides by Σ w_y.
 
-    σ is the logistic function and p the `pos_weight`. Prediction and target have equal shapes [N, …] and
-    types; nothing is broadcast. Equal to `torch.nn.BCEWithLogitsLoss`.
+    After a log-softmax it is the cross-entropy; `cross_entropy` of the logits is the same in one step.
+
+    Prediction: log-probabilities [N, C] or [N, C, d1, …], as a log-softmax over dimension 1 gives them; or [C] with a
+    single index. Target: class indices [N] or [N, d1, …] of an integer type. Equal to `torch.nn.NLLLoss`, except that
+    these are 0 here and NaN there: the mean where every label is ignored or has weight 0, with a zero gradient, and a
+    log-probability −∞ with weight 0.
 
     Args:
-        weight: a factor for each element that broadcasts to the prediction; the mean still divides by the
-            number of elements.
-        pos_weight: how many times a yes counts; > 1 for rare positives. One number, or one for each output.
-        reduction: "mean" or "sum".
+        weight: one finite number ≥ 0 for each class, shape [C].
+        ignore_index: the label of those samples that count for nothing.
+        reduction: "mean", "sum" or "none".
 
     Raises:
-        InvalidHyperparameter: for weights below 0 or an unknown `reduction`.
-        LossMismatch: when called with shapes that differ.
+        InvalidHyperparameter: for weights below 0, an `ignore_index` that is no whole number, an unknown `reduction`.
+        LossMismatch: when called with shapes that do not fit.
 
-    >>> binary_cross_entropy_with_logits()(torch.tensor([[0.0], [200.0]]), torch.tensor([[1.0], [1.0]]))
-    tensor(0.3466)
+    >>> nll()(torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log(), torch.tensor([1, 0]))
+    tensor(0.4904)
     """
-    weight, pos_weight = _factor("weight", weight), _factor("pos_weight", pos_weight)
-    given = {"weight": weight, "pos_weight": pos_weight}
-    name = "binary_cross_entropy_with_logits"
     return Loss(
-        name=name,
-        kind="binary",
-        terms=partial(_binary_cross_entropy, weight=weight, pos_weight=pos_weight),
-        arguments={key: value.tolist() for key, value in given.items() if value is not None},
-        reduction=checked_reduction(reduction),
-        validate=partial(check_binary, name, pos_weight=pos_weight),
-        source=partial(
-            spelled,
-            "torch.nn.BCEWithLogitsLoss",
-            {**given, "reduction": reduction},
-            {"weight": None, "pos_weight": None, "reduction": "mean"},
-        ),
+        name="nll",
+        kind="classification",
+        terms=partial(_nll, weight=class_weights("nll", weight), ignore_index=label_to_ignore("nll", ignore_index)),
+        prediction=Prediction.LOG_PROBABILITIES,
+        target=Target.CLASSES,
+        shapes=("[N, C, …]", "[N, …]"),
+        formula="−x_y for x = log p",
+        reduction=reduced("nll", reduction),
+        torch_name="NLLLoss",
     )
 
 
-def _factor(name: str, value: Tensor | float | None) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise InvalidHyperparameter(
-            f"binary_cross_entropy_with_logits was given {name}={value!r}, and expects a finite number ≥ 0 or a tensor."
-        )
-    return torch.tensor(float(value))
+@loss_maker
+def multi_margin(
+    *,
+    p: int = 1,
+    margin: Number = 1.0,
+    weight: Tensor | Sequence[float] | None = None,
+    reduction: str = "mean",
+) -> Loss:
+    """The hinge loss of several classes: (w_y/C)·Σ_{c≠y} max(0, m − x_y + x_c)ᵖ.
+
+    A sample costs nothing once the score of its class leads every other one by the margin m. The mean divides by the
+    number of samples, whatever their weights are.
+
+    Prediction: scores [N, C] or [N, C, d1, …]; or [C] with a single index. Target: class indices [N] or [N, d1, …] of
+    an integer type. Equal to `torch.nn.MultiMarginLoss`, which has no further dimensions and no second derivative.
+
+    Args:
+        p: 1, or 2 for squares.
+        margin: m in the unit of the scores; a number or a 0-dimensional tensor.
+        weight: one finite number ≥ 0 for each class, shape [C].
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        InvalidHyperparameter: for another p, a margin that is no finite number, weights below 0, an unknown
+            `reduction`.
+        LossMismatch: when called with shapes that do not fit.
+
+    Source: K. Crammer and Y. Singer, "On the algorithmic implementation of multiclass kernel-based vector machines",
+    JMLR 2 (2001), who take the largest hinge; the sum over them is of J. Weston and C. Watkins, "Support vector
+    machines for multi-class pattern recognition", ESANN 1999.
+
+    >>> multi_margin()(torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([0]))
+    tensor(0.1667)
+    """
+    if isinstance(p, bool) or p not in (1, 2):
+        raise InvalidHyperparameter(f"multi_margin was given p={p!r}, and expects 1 or 2.")
+    return Loss(
+        name="multi_margin",
+        kind="classification",
+        terms=partial(_multi_margin, p=p, weight=class_weights("multi_margin", weight)),
+        prediction=Prediction.CLASS_SCORES,
+        target=Target.CLASSES,
+        shapes=("[N, C, …]", "[N, …]"),
+        formula="(1/C) Σ_{c≠y} max(0, m − x_y + x_c)ᵖ",
+        reference="Weston and Watkins 1999",
+        numbers={"margin": number("multi_margin", "margin", margin)},
+        reduction=reduced("multi_margin", reduction),
+        torch_name="MultiMarginLoss",
+    )
+
+
+def labelled(generator: Generator) -> tuple[Tensor, Tensor]:
+    """Logits of four classes, and labels of which each occurs three times."""
+    logits = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    return logits, torch.arange(12)[torch.randperm(12, generator=generator)] % 4
+
+
+def _log_probabilities(generator: Generator) -> tuple[Tensor, Tensor]:
+    logits, target = labelled(generator)
+    return logits.log_softmax(1), target
+
+
+IGNORE_INVALID = Invalid({"ignore_index": 1.0}, "ignore_index=1.0")
+_WEIGHTS_INVALID = (Invalid({"weight": [-1.0, 1.0]}, "weight"), Invalid({"weight": [[1.0, 1.0]]}, "weight"))
+_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
+
+CATALOGUE = (
+    LossInfo(
+        cross_entropy,
+        labelled,
+        valid=(
+            {},
+            {"weight": _WEIGHTS, "label_smoothing": 0.1},
+            {"weight": _WEIGHTS, "label_smoothing": 0.1, "weighting": "samples"},
+            {"ignore_index": 2},
+        ),
+        invalid=(
+            Invalid({"label_smoothing": 1.5}, "label_smoothing=1.5"),
+            Invalid({"label_smoothing": -0.1}, "label_smoothing"),
+            Invalid({"weighting": "batches"}, "weighting='batches'"),
+            IGNORE_INVALID,
+            *_WEIGHTS_INVALID,
+        ),
+        sweeps={"label_smoothing": (0.0, 0.3)},
+        source="C. Szegedy et al., Rethinking the Inception architecture, CVPR 2016 (label smoothing)",
+    ),
+    LossInfo(
+        nll,
+        _log_probabilities,
+        valid=({}, {"weight": _WEIGHTS, "ignore_index": 2}),
+        invalid=(IGNORE_INVALID, *_WEIGHTS_INVALID),
+    ),
+    LossInfo(
+        multi_margin,
+        labelled,
+        valid=({}, {"p": 2, "margin": 0.5, "weight": _WEIGHTS}),
+        invalid=(
+            Invalid({"p": 3}, "p=3"),
+            Invalid({"p": True}, "p=True"),
+            Invalid({"margin": float("inf")}, "margin=inf"),
+            *_WEIGHTS_INVALID,
+        ),
+        sweeps={"margin": (0.5, 2.0)},
+        source="J. Weston and C. Watkins, Support vector machines for multi-class pattern recognition, ESANN 1999",
+    ),
+)

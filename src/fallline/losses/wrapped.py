@@ -1,101 +1,54 @@
 """Whatever serves as a loss, made a `Loss`: names, torch's own loss modules and functions, any callable.
 
-A wrapped loss is called exactly as it is. Where it is one of torch's that we know, it is checked like ours,
-and its values per sample come from the same module or function with `reduction="none"`.
+A wrapped loss is called exactly as it is. Where it is one of torch's, the `Loss` of this package that is equal to it
+says what it wants to be given, and its values per sample.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fallline.errors import LossMismatch, UnknownName, nearest
-from fallline.losses import classification, regression
-from fallline.losses.base import Check, Kind, Loss, Terms, accept_anything, spelled
-from fallline.losses.checks import check_binary, check_classes, check_elementwise
+from fallline.description import Call
+from fallline.errors import FalllineError, LossMismatch, UnknownName
+from fallline.losses.base import Loss, Numbers, Parts, defaults_of, spelled
+from fallline.losses.catalogue import parse, registry
 
-registry: Mapping[str, Callable[..., Loss]] = {
-    "mse": regression.mse,
-    "l1": regression.l1,
-    "huber": regression.huber,
-    "cross_entropy": classification.cross_entropy,
-    "binary_cross_entropy_with_logits": classification.binary_cross_entropy_with_logits,
-}
-"""Every loss of this package: its name and the function that makes it."""
-
-
-def get(name: str) -> Callable[..., Loss]:
-    """The constructor of the loss called `name`.
-
-    Raises:
-        UnknownName: with the nearest name.
-
-    >>> get("mse")().code()
-    'torch.nn.MSELoss()'
-    """
-    if name not in registry:
-        raise UnknownName(f"There is no loss {name!r}. {nearest(name, registry)}")
-    return registry[name]
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known of one of torch's losses: its kind and the maker of its check from its arguments."""
-
-    kind: Kind
-    check: Callable[..., Check]
-
-
-def _elementwise(name: str, **_: object) -> Check:
-    return partial(check_elementwise, name)
-
-
-def _classes(name: str, *, weight: Any = None, ignore_index: Any = -100, **_: object) -> Check:
-    return partial(check_classes, name, weight=weight, ignore_index=ignore_index)
-
-
-def _log_probabilities(name: str, *, weight: Any = None, ignore_index: Any = -100, **_: object) -> Check:
-    return partial(check_classes, name, weight=weight, ignore_index=ignore_index, allow_probabilities=False)
-
-
-def _logits(name: str, *, pos_weight: Any = None, **_: object) -> Check:
-    return partial(check_binary, name, pos_weight=pos_weight)
-
-
-def _probabilities(name: str, **_: object) -> Check:
-    return partial(check_binary, name, probabilities=True)
-
-
-_UNKNOWN = _Known("other", lambda name, **_: accept_anything)
-_KNOWN: Mapping[object, _Known] = {
-    nn.MSELoss: _Known("regression", _elementwise),
-    nn.L1Loss: _Known("regression", _elementwise),
-    nn.SmoothL1Loss: _Known("regression", _elementwise),
-    nn.HuberLoss: _Known("regression", _elementwise),
-    nn.CrossEntropyLoss: _Known("classification", _classes),
-    nn.NLLLoss: _Known("classification", _log_probabilities),
-    nn.BCELoss: _Known("binary", _probabilities),
-    nn.BCEWithLogitsLoss: _Known("binary", _logits),
-    functional.mse_loss: _Known("regression", _elementwise),
-    functional.l1_loss: _Known("regression", _elementwise),
-    functional.smooth_l1_loss: _Known("regression", _elementwise),
-    functional.huber_loss: _Known("regression", _elementwise),
-    functional.cross_entropy: _Known("classification", _classes),
-    functional.nll_loss: _Known("classification", _log_probabilities),
-    functional.binary_cross_entropy: _Known("binary", _probabilities),
-    functional.binary_cross_entropy_with_logits: _Known("binary", _logits),
+# torch's functions under the names of ours.
+FUNCTIONS: Mapping[str, str] = {
+    "mse_loss": "mse",
+    "l1_loss": "l1",
+    "smooth_l1_loss": "smooth_l1",
+    "huber_loss": "huber",
+    "cross_entropy": "cross_entropy",
+    "nll_loss": "nll",
+    "binary_cross_entropy": "binary_cross_entropy",
+    "binary_cross_entropy_with_logits": "binary_cross_entropy_with_logits",
+    "kl_div": "kl_div",
+    "poisson_nll_loss": "poisson_nll",
+    "gaussian_nll_loss": "gaussian_nll",
+    "hinge_embedding_loss": "hinge_embedding",
+    "soft_margin_loss": "soft_margin",
+    "multi_margin_loss": "multi_margin",
+    "multilabel_margin_loss": "multilabel_margin",
+    "multilabel_soft_margin_loss": "multilabel_soft_margin",
+    "cosine_embedding_loss": "cosine_embedding",
+    "margin_ranking_loss": "margin_ranking",
+    "triplet_margin_loss": "triplet_margin",
+    "ctc_loss": "ctc",
 }
 
 
 def as_loss(thing: object) -> Loss:
-    """A `Loss` from a `Loss`, a name, a torch loss module or function, or any callable(prediction, target).
+    """A `Loss` from a `Loss`, a name ("mse", "huber:delta=0.5"), a torch loss module or function, or any
+    callable(prediction, target).
 
     Raises:
         UnknownName: if `thing` is no loss: an unknown name, a class instead of an instance, or not callable.
@@ -107,11 +60,25 @@ def as_loss(thing: object) -> Loss:
     >>> as_loss(lambda prediction, target: (prediction - target).abs().max()).kind
     'other'
     """
+    loss = understood(thing)
+    if loss.reduction == "none":
+        raise LossMismatch(
+            f"The loss {loss.name} was given with reduction='none', which makes no single number to minimise. "
+            "Give it reduction='mean'."
+        )
+    return loss
+
+
+def understood(thing: object) -> Loss:
+    """`as_loss` for a loss of any reduction.
+
+    Raises:
+        UnknownName: if `thing` is no loss.
+    """
     if isinstance(thing, Loss):
         return thing
     if isinstance(thing, str):
-        constructor: Callable[..., Loss] = get(thing)
-        return constructor()
+        return parse(thing)
     for name, constructor in registry.items():
         if thing is constructor:
             raise UnknownName(f"The loss was given as the function {name}, and is expected made: call it, {name}().")
@@ -129,48 +96,25 @@ def as_loss(thing: object) -> Loss:
     )
 
 
+@functools.cache
+def _classes() -> Mapping[type, Callable[..., Loss]]:
+    """Our maker of each of torch's loss classes."""
+    found: dict[type, Callable[..., Loss]] = {}
+    for maker in registry.values():
+        parameters = inspect.signature(maker).parameters.values()
+        if all(each.default is not each.empty for each in parameters) and maker().torch_name:
+            found[getattr(nn, maker().torch_name)] = maker
+    return found
+
+
 def _from_module(module: nn.Module) -> Loss:
     name = type(module).__name__
-    reduction = getattr(module, "reduction", "mean")
-    _refuse_none(name, reduction)
     arguments = _arguments_of(module)
-    known = _KNOWN.get(type(module), _UNKNOWN)
-    terms: Terms = partial(_no_terms, name)
-    if hasattr(module, "reduction"):
-        unreduced = copy.copy(module)
-        unreduced.__dict__["reduction"] = "none"
-        terms = partial(_terms, name, unreduced, _label_weights(known, arguments), reduction == "batchmean")
     constructor = f"{type(module).__module__}.{name}"
     if constructor.startswith("torch.nn.modules."):
         constructor = f"torch.nn.{name}"
-    return Loss(
-        name=name,
-        kind=known.kind,
-        terms=terms,
-        arguments=_for_json(arguments),
-        reduction="sum" if reduction == "sum" else "mean",
-        validate=known.check(name, **arguments),
-        source=partial(spelled, constructor, arguments, _defaults_of(type(module))),
-        whole=module,
-    )
-
-
-def _refuse_none(name: str, reduction: object) -> None:
-    if reduction == "none":
-        raise LossMismatch(
-            f"The loss {name} was given with reduction='none', which makes no single number to minimise. "
-            "Give it reduction='mean'."
-        )
-
-
-def _for_json(arguments: Mapping[str, object]) -> dict[str, object]:
-    without = {name: value for name, value in arguments.items() if name != "reduction"}
-    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in without.items()}
-
-
-def _defaults_of(kind: type) -> dict[str, object]:
-    parameters = inspect.signature(kind).parameters.values()
-    return {each.name: each.default for each in parameters if each.default is not each.empty}
+    written = spelled(constructor, arguments, defaults_of(type(module)))
+    return _wrapping(module, name, written, _classes().get(type(module)), arguments)
 
 
 def _arguments_of(module: nn.Module) -> dict[str, object]:
@@ -180,62 +124,44 @@ def _arguments_of(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _label_weights(known: _Known, arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """What a mean over class indices divides by: the weight of each label, 0 for an ignored one."""
-    if known.kind != "classification":
-        return None
-    return partial(_weights_of, arguments.get("weight"), arguments.get("ignore_index", -100))
-
-
-def _weights_of(weight: Tensor | None, ignore_index: int, target: Tensor) -> Tensor:
-    kept = target != ignore_index
-    return kept if weight is None else weight[target * kept] * kept
-
-
-def _terms(
-    name: str,
-    unreduced: Callable[[Tensor, Tensor], Tensor],
-    weights: Callable[[Tensor], Tensor] | None,
-    sums_samples: bool,
-    prediction: Tensor,
-    target: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    values = unreduced(prediction, target)
-    if values.ndim == 0 and target.ndim > 0:
-        return _no_terms(name, prediction, target)
-    if sums_samples and values.ndim > 1:
-        values = values.flatten(1).sum(1)
-    return values, None if weights is None or target.is_floating_point() else weights(target)
-
-
-def _no_terms(name: str, prediction: Tensor, target: Tensor) -> tuple[Tensor, None]:
-    raise LossMismatch(
-        f"The loss {name} gives one number for a batch, and values per sample were asked for. Use one of "
-        "fallline's losses, or a torch loss module that knows reduction='none'."
-    )
-
-
 def _from_callable(function: Callable[..., Tensor]) -> Loss:
     inner, keywords = function, {}
     if isinstance(function, partial) and not function.args:
         inner, keywords = function.func, function.keywords
     name: str = getattr(inner, "__name__", type(inner).__name__).strip("<>")
-    known = _KNOWN.get(inner, _UNKNOWN) if inspect.isroutine(inner) else _UNKNOWN
-    reduction = keywords.get("reduction", "mean")
-    _refuse_none(name, reduction)
-    terms: Terms = partial(_no_terms, name)
-    if known is not _UNKNOWN:
-        unreduced = partial(inner, **{**keywords, "reduction": "none"})
-        terms = partial(_terms, name, unreduced, _label_weights(known, keywords), False)
-    return Loss(
-        name=name,
-        kind=known.kind,
-        terms=terms,
-        arguments=_for_json(keywords),
-        reduction="sum" if reduction == "sum" else "mean",
-        validate=known.check(name, **keywords),
-        source=partial(_spelled_function, inner, keywords),
-        whole=function,
+    torchs = name in FUNCTIONS and inner is getattr(functional, name)
+    maker = registry.get(FUNCTIONS[name]) if torchs else None
+    return _wrapping(function, name, _spelled_function(inner, keywords), maker, keywords)
+
+
+def _wrapping(
+    whole: Callable[..., Tensor],
+    name: str,
+    written: str,
+    maker: Callable[..., Loss] | None,
+    arguments: Mapping[str, Any],
+) -> Loss:
+    """The loss that calls `whole`, and is described by ours where there is one that is equal."""
+    made_of = Call(as_loss, {"thing": whole})
+    reduction = arguments.get("reduction", "mean")
+    if reduction not in ("mean", "sum", "none", "batchmean"):
+        reduction = "mean"
+    if maker is not None:
+        known = inspect.signature(maker).parameters
+        try:
+            ours = maker(**{key: value for key, value in arguments.items() if key in known})
+        except FalllineError:  # torch takes arguments that we refuse
+            ours = None
+        if ours is not None:
+            return replace(ours, name=name, kin=ours.name, whole=whole, written=written, call=made_of)
+    terms = partial(_no_terms, name)
+    return Loss(name, "other", terms, reduction=reduction, whole=whole, written=written, call=made_of)
+
+
+def _no_terms(name: str, prediction: Parts, target: Parts, numbers: Numbers) -> tuple[Tensor, None]:
+    raise LossMismatch(
+        f"The loss {name} gives one number for a batch, and values per sample were asked for. Use one of "
+        "fallline's losses, or one of torch's own."
     )
 
 

@@ -6,6 +6,7 @@ Read `transform` for what a stage is, `base` for what an optimizer is, then any 
 composed with, `new_rule` the decorator for your own.
 """
 
+from fallline.description import described
 from fallline.optim import catalogue, schedules
 from fallline.optim.adam_family import (
     adam,
@@ -32,7 +33,6 @@ from fallline.optim.adam_variants import (
 from fallline.optim.base import Optimizer, State, chain
 from fallline.optim.combinators import accumulate, cautious, lookahead, skip_not_finite
 from fallline.optim.curvature import sam, scale_by_sophia, sophia
-from fallline.optim.description import described
 from fallline.optim.gradient_descent import asgd, rprop, scale_by_asgd, scale_by_rprop, sgd
 from fallline.optim.landscape import Landscape
 from fallline.optim.layerwise import lamb, lars, scale_by_lamb, scale_by_lars

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import flag, non_negative, pair_of_betas
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import (

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, flag, in_interval, non_negative, pair_of_betas
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import above_zero, decay, incoming, mean_of_squares, scale_by_learning_rate, square_root

@@ -9,9 +9,9 @@ from typing import Any, ParamSpec
 
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType
-from fallline.optim.description import described
 from fallline.optim.transform import (
     OWN_SLOTS,
     Evaluation,

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fallline.description import Call, described, leaves, remembers_its_call, search_dimensions, substitute
+from fallline.dimensions import Dimension
 from fallline.errors import FalllineError, InvalidHyperparameter, Unsupported
-from fallline.optim.description import Call, described, leaves, remembers_its_call, search_dimensions, substitute
-from fallline.optim.dimensions import Dimension
 from fallline.optim.landscape import Landscape
 from fallline.optim.schedules import Schedule
 from fallline.optim.transform import (

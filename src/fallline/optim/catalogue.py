@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from typing import Any
 
 import torch
 
+from fallline.description import written_arguments
+from fallline.dimensions import Dimension, log_grid
 from fallline.errors import UnknownArgument, UnknownName, nearest
 from fallline.optim import (
     adam_family,
@@ -25,7 +26,6 @@ from fallline.optim import (
     variance_reduced,
 )
 from fallline.optim.base import Optimizer
-from fallline.optim.dimensions import Dimension, log_grid
 from fallline.optim.info import OptimizerInfo
 
 FAMILIES = (
@@ -114,17 +114,7 @@ def parse(text: str, **defaults: Any) -> Optimizer:
         given["optimizer"], defaults = parse(inner, **defaults), {}
     elif inner:
         raise UnknownArgument(f"{name} does not go around another optimizer: write {name}:argument=value.")
-    for part in _split(rest):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise UnknownArgument(f"{part!r} in {text!r} has no value: write {name}:argument=value,argument=value.")
-        key, value = key.strip(), value.strip()
-        if key in given:
-            raise UnknownArgument(f"{key!r} is given twice in {text!r}: leave one out.")
-        try:
-            given[key] = ast.literal_eval(value)
-        except (ValueError, TypeError, SyntaxError):
-            given[key] = value
+    given |= written_arguments(rest, name, text)
     return info.make(**{**defaults, **given})
 
 
@@ -143,14 +133,3 @@ def _parts(text: str) -> tuple[str, str, str]:
                 break
             return name.strip(), tail[:i].strip(), after.removeprefix(":")
     raise UnknownArgument(f"{text!r} is not name(optimizer):argument=value.")
-
-
-def _split(text: str) -> list[str]:
-    """The text at its commas, but not at those inside parentheses: `betas=(0.9,0.99),eps=1e-6`."""
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(text):
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return [part for part in (*parts, text[start:]) if part.strip()]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.errors import FalllineError, InvalidHyperparameter, Unsupported
 from fallline.optim.adam_family import adam, adamw
 from fallline.optim.around import around, combinator, inner_optimizer
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, in_interval, whole
-from fallline.optim.description import described
 from fallline.optim.gradient_descent import sgd
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.landscape import Landscape

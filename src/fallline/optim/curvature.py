@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.adam_family import adam
 from fallline.optim.around import around, combinator, inner_optimizer
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import flag, non_negative, pair_of_betas, positive, whole
-from fallline.optim.description import described
 from fallline.optim.gradient_descent import sgd
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.random import CURVATURE, rademacher

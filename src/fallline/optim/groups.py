@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fallline.description import SinglePrecision
 from fallline.errors import InvalidHyperparameter
 from fallline.optim.base import Optimizer
-from fallline.optim.description import SinglePrecision
 from fallline.optim.kernels import Kernel
 from fallline.optim.schedules import Schedule
 from fallline.optim.transform import Numbers, Transform

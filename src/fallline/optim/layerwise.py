@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.adam_family import scale_by_adam
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import flag, non_negative, positive
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import incoming, scale_by_learning_rate, trace

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import flag, in_interval, non_negative, pair_of_betas, positive
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import (
     Moment,

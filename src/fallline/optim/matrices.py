@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallline.description import SinglePrecision, described
 from fallline.errors import InvalidHyperparameter
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, flag, in_interval, non_negative, real
-from fallline.optim.description import SinglePrecision, described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import above_zero, decay, incoming, scale_by_learning_rate

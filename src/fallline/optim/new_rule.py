@@ -12,11 +12,11 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from fallline.description import item_name
 from fallline.errors import FalllineError, nearest
 from fallline.optim.around import combinator
 from fallline.optim.base import Optimizer
 from fallline.optim.checks import WrongType, flag, in_interval, non_negative, real
-from fallline.optim.description import item_name
 from fallline.optim.transform import Numbers, Slots, Transform, per_tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])

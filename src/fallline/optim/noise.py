@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.checks import non_negative
-from fallline.optim.description import described
 from fallline.optim.random import GRADIENT_NOISE, normal
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fallline.description import Call, described, remembers_its_call
 from fallline.errors import InvalidHyperparameter, nearest
 from fallline.optim.adam_family import adam, adamw
 from fallline.optim.around import around, combinator
 from fallline.optim.base import Optimizer
 from fallline.optim.checks import WrongType
-from fallline.optim.description import Call, described, remembers_its_call
 from fallline.optim.gradient_descent import sgd
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.matrices import muon

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.errors import Unsupported
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import flag, in_interval, non_negative, pair_of_betas, positive, whole
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor
 from fallline.optim.transforms import decay, incoming, scale_by_learning_rate

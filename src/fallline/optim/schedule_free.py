@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.errors import InvalidHyperparameter
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import in_interval, non_negative, pair_of_betas, real
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.schedules import Schedule
 from fallline.optim.transform import Number, Numbers, Slots, Transform, cast, per_tensor

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fallline.description import Call, described, leaves, remembers_its_call
+from fallline.dimensions import Dimension
 from fallline.errors import InvalidHyperparameter, nearest
 from fallline.optim.checks import WrongType, flag, in_interval, positive, real
-from fallline.optim.description import Call, described, leaves, remembers_its_call
-from fallline.optim.dimensions import Dimension
 
 Swept = float | Dimension
 # k/steps divided by k/steps may fall just below a whole number: what is missing less than this counts as there.

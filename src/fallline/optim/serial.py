@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from fallline.description import Call, unmade
+from fallline.dimensions import Dimension
 from fallline.errors import FalllineError, UnknownName
-from fallline.optim.description import Call, unmade
-from fallline.optim.dimensions import Dimension
 
 
 def to_data(value: Any) -> Any:

@@ -16,10 +16,10 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fallline.description import plain
 from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgument, nearest
 from fallline.optim.around_a_closure import landscape
 from fallline.optim.base import Optimizer
-from fallline.optim.description import plain
 from fallline.optim.groups import (
     Plan,
     arguments_of,

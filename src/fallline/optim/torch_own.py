@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallline.description import Call, code, described
 from fallline.errors import FalllineError, InvalidHyperparameter, Unsupported, unknown_argument
 from fallline.optim.base import Optimizer
 from fallline.optim.checks import WrongType
-from fallline.optim.description import Call, code, described
 from fallline.optim.transform import Moment, Numbers, Params, Seed, Slots, Transform
 
 # What the training loop asks of such an optimizer.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fallline.description import Call, item_name, remembers_its_call
+from fallline.dimensions import Dimension
 from fallline.errors import InvalidHyperparameter
 from fallline.optim.checks import real
-from fallline.optim.description import Call, item_name, remembers_its_call
-from fallline.optim.dimensions import Dimension
 from fallline.optim.landscape import Landscape
 from fallline.optim.schedules import Schedule
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.checks import flag, in_interval, non_negative, positive, real
-from fallline.optim.description import described
 from fallline.optim.transform import Moment, Number, Numbers, Params, Slots, Transform, cast, per_tensor
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fallline.description import described
 from fallline.optim.base import Optimizer, chain
 from fallline.optim.checks import WrongType, flag, in_interval, non_negative, pair_of_betas
-from fallline.optim.description import described
 from fallline.optim.info import Invalid, OptimizerInfo
 from fallline.optim.layerwise import norm
 from fallline.optim.transform import (

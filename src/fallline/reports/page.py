@@ -213,7 +213,7 @@ def settings(result: Result) -> list[tuple[str, str]]:
     return [
         ("Task", str(task["name"])),
         ("Data", f"{task['source']}; {samples}"),
-        ("Loss", ", ".join(map(str, spec["losses"])) or str(task["loss"])),
+        ("Loss", ", ".join(loss["label"] for loss in spec["losses"]) or str(task["loss"])),
         ("Metric", f"{task['metric']}, {'higher' if task['higher_is_better'] else 'lower'} is better"),
         ("Mini-batches", f"{batches}; a shorter last one is {last}"),
         ("Batch order", str(spec["batch_order"])),
@@ -233,6 +233,7 @@ def sweep_code(spec: Any) -> str:
     """What to run to make the sweep again: its command, or the Python call."""
     if spec.get("command"):
         return str(spec["command"])
+    several = len(spec["losses"]) > 1 or "fl.grid" in spec["losses"][0]["code"]
     lines = [
         "import fallline as fl",
         "",
@@ -241,7 +242,7 @@ def sweep_code(spec: Any) -> str:
         "    optimizers=[",
         *(f"        {optimizer['code']}," for optimizer in spec["optimizers"]),
         "    ],",
-        *([f"    losses={list(spec['losses'])!r},"] if len(spec["losses"]) > 1 else []),
+        *(["    losses=[", *(f"        {loss['code']}," for loss in spec["losses"]), "    ],"] if several else []),
         f"    seeds={list(spec['seeds'])!r},",
         f"    steps={spec['steps']},",
         f"    engine={spec['engine']!r},",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ LARGEST_STATE = {"cpu": 2**25, "cuda": 2**29}
 
 @dataclass(frozen=True)
 class Pack:
-    """Trials that one worker trains as one population; all have the same loss and the same engine."""
+    """Trials that one worker trains as one population; all have one engine, and losses that differ in numbers only."""
 
     index: int
     trials: tuple[int, ...]
@@ -71,7 +71,7 @@ class Job:
     """All that training a pack needs, the same for every pack of a sweep.
 
     Attributes:
-        tasks: the task under each loss of the sweep.
+        task: what is trained, under each trial's own loss.
         plans: every trial of the sweep.
         evaluate_every: steps between evaluations, which end a block.
         folder: the run directory.
@@ -80,7 +80,7 @@ class Job:
         programs: the traced steps by shape; a cache, which each worker fills for itself.
     """
 
-    tasks: dict[str, Task]
+    task: Task
     plans: Sequence[TrialPlan]
     engine: str
     device: torch.device
@@ -95,16 +95,16 @@ class Job:
 def make_packs(
     plans: Sequence[TrialPlan], *, engine: str, device: torch.device, numbers_per_trial: int, workers: int
 ) -> list[Pack]:
-    """Cuts a sweep into packs of one loss and one engine, alike in size.
+    """Cuts a sweep into packs of one kind of loss and one engine, alike in size.
 
     Trials of the same seed come together, because they share batches.
     """
     kind = device.type
     largest = max(1, min(LARGEST_PACK[kind], LARGEST_STATE[kind] // max(1, 6 * numbers_per_trial)))
     packs: list[Pack] = []
-    alike: dict[tuple[str, str], list[TrialPlan]] = {}
+    alike: dict[tuple[Hashable, str], list[TrialPlan]] = {}
     for plan in plans:
-        alike.setdefault((repr(plan.configuration.loss), engines.of_trial(engine, plan)), []).append(plan)
+        alike.setdefault((plan.configuration.loss.structure, engines.of_trial(engine, plan)), []).append(plan)
     for (_, own_engine), own in alike.items():
         own.sort(key=lambda plan: (plan.seed, plan.index))
         count = len(own) if own_engine == "sequential" else -(-len(own) // largest)
@@ -121,7 +121,7 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
         stop: asked every moment; True writes a checkpoint, in the middle of a block too, and ends.
     """
     plans = [job.plans[i] for i in pack.trials]
-    task = job.tasks[repr(plans[0].configuration.loss)]
+    task = job.task.with_loss(plans[0].configuration.loss)
     engine = engines.of_trial(job.engine, plans[0])
     population = engines.start(
         engine, task, plans, steps=job.steps, device=job.device, programs=job.programs if job.traced else None
@@ -213,7 +213,7 @@ def _rows_to_keep(job: Job, population: engines.Trained, metric: Array) -> list[
     finished = np.flatnonzero(population.alive).tolist()
     if job.keep_parameters == "all":
         return finished
-    sign = 1 if next(iter(job.tasks.values())).metric.higher_is_better else -1
+    sign = 1 if job.task.metric.higher_is_better else -1
     best: dict[int, int] = {}
     for row in finished:
         configuration = job.plans[int(population.rows[row])].configuration.index

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fallline.description import Call
+from fallline.description import code as code_of
 from fallline.optim import Optimizer
 from fallline.optim.catalogue import CATALOGUE
-from fallline.optim.description import Call
-from fallline.optim.description import code as code_of
 from fallline.optim.schedules import Schedule
 from fallline.optim.torch_own import TorchOwn
 

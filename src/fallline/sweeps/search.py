@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fallline.description import code, leaves
+from fallline.dimensions import Dimension
 from fallline.errors import InvalidSweep
 from fallline.losses import Loss
 from fallline.optim import Optimizer, Schedule, Transform
-from fallline.optim.description import code, leaves
-from fallline.optim.dimensions import Dimension
 from fallline.optim.partitions import Labels
 from fallline.optim.torch_own import TorchOwn
 from fallline.training.fit import learning_rate
@@ -26,9 +26,11 @@ class Configuration:
     Attributes:
         index: its number in the sweep.
         label: the optimizer as it was given, in words: "sgd momentum=0.9".
-        loss: what it minimises.
+        loss: what it minimises, concrete.
         optimizer: concrete.
-        settings: the values that were chosen for the search dimensions, by the argument's name.
+        settings: the values that were chosen for the search dimensions, by the argument's name; those of the loss begin
+            with "loss.".
+        loss_label: the loss as it was given, in words: "focal alpha=0.25".
     """
 
     index: int
@@ -36,6 +38,7 @@ class Configuration:
     loss: Loss
     optimizer: Optimizer
     settings: dict[str, object]
+    loss_label: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,16 @@ class TrialPlan:
     seed: int
 
 
-def labels(optimizers: Sequence[Optimizer]) -> list[str]:
-    """A short, unique name for each optimizer: its name and what is not at its default.
+def labels(given: Sequence[Optimizer] | Sequence[Loss]) -> list[str]:
+    """A short, unique name for each optimizer or loss: its name and what is not at its default.
 
     >>> from fallline.optim import lookahead, sgd
     >>> labels([sgd(lr=0.1), sgd(lr=0.1, momentum=0.9), sgd(lr=0.2), lookahead(sgd(lr=0.1, momentum=0.9), k=10)])
     ['sgd', 'sgd momentum=0.9', 'sgd (2)', 'lookahead(sgd momentum=0.9) k=10']
     """
     made: list[str] = []
-    for optimizer in optimizers:
-        label = base = _label(optimizer)
+    for each in given:
+        label = base = _label(each)
         count = 1
         while label in made:
             count += 1
@@ -68,7 +71,7 @@ def labels(optimizers: Sequence[Optimizer]) -> list[str]:
 def configurations(
     optimizers: Sequence[Optimizer], losses: Sequence[Loss], *, samples: int, search_seed: int
 ) -> list[Configuration]:
-    """Every loss with every concrete optimizer.
+    """Every concrete loss with every concrete optimizer.
 
     Grids are crossed with each other. Ranges are sampled: `samples` points, spread evenly by a scrambled Sobol
     sequence, each crossed with the grids. All optimizers draw from the same sequence, so they are searched alike.
@@ -77,13 +80,16 @@ def configurations(
         InvalidHyperparameter: for a learning rate of 0, or an argument that its optimizer refuses.
     """
     found: list[Configuration] = []
-    for loss in losses:
+    for loss_label, loss in zip(labels(losses), losses, strict=True):
         for label, optimizer in zip(labels(optimizers), optimizers, strict=True):
-            for values in _choices(optimizer, samples, search_seed):
-                concrete = optimizer.chosen({id(d): v for d, v in values.items()}) if values else optimizer
-                learning_rate(concrete)
-                settings = {name: values[d] for name, d in optimizer.dimensions.items()}
-                found.append(Configuration(len(found), label, loss, concrete, settings))
+            searched = optimizer.dimensions | {f"loss.{name}": d for name, d in loss.dimensions.items()}
+            for values in _choices(searched.values(), samples, search_seed):
+                chosen = {id(d): v for d, v in values.items()}
+                rule = optimizer.chosen(chosen) if optimizer.dimensions else optimizer
+                minimised = loss.chosen(chosen) if loss.dimensions else loss
+                learning_rate(rule)
+                settings = {name: values[d] for name, d in searched.items()}
+                found.append(Configuration(len(found), label, minimised, rule, settings, loss_label))
     return found
 
 
@@ -93,8 +99,8 @@ def trials(chosen: Sequence[Configuration], seeds: Sequence[int]) -> list[TrialP
     return [TrialPlan(index, configuration, seed) for index, (configuration, seed) in enumerate(pairs)]
 
 
-def _choices(optimizer: Optimizer, samples: int, search_seed: int) -> list[dict[Dimension, object]]:
-    dimensions = list(dict.fromkeys(optimizer.dimensions.values()))
+def _choices(searched: Iterable[Dimension], samples: int, search_seed: int) -> list[dict[Dimension, object]]:
+    dimensions = list(dict.fromkeys(searched))
     grids = [d for d in dimensions if d.values is not None]
     ranges = [d for d in dimensions if d.values is None]
     drawn: list[dict[Dimension, object]] = [{}]
@@ -110,10 +116,13 @@ def _choices(optimizer: Optimizer, samples: int, search_seed: int) -> list[dict[
     return [dict(zip(grids, values, strict=True)) | point for values in crossed for point in drawn]
 
 
-def _label(optimizer: Optimizer | Transform) -> str:
+def _label(optimizer: Optimizer | Transform | Loss) -> str:
     """The name, the optimizers inside in parentheses, and the arguments that are not at their default."""
     call = optimizer.call
+    if isinstance(optimizer, Loss) and (call is None or optimizer.whole is not None):
+        return optimizer.name
     if call is None or call.extra:
+        assert not isinstance(optimizer, Loss)
         stages = [optimizer.name] if isinstance(optimizer, Transform) else [t.name for t in optimizer.transforms]
         return " + ".join(stages) if stages else optimizer.name
     inside: list[str] = []
@@ -121,8 +130,11 @@ def _label(optimizer: Optimizer | Transform) -> str:
     maker, arguments = optimizer.made_of if isinstance(optimizer, TorchOwn) else (call.function, call.arguments)
     parameters = inspect.signature(maker).parameters
     for argument, given in arguments.items():
-        if isinstance(given, Optimizer | Transform):
+        if isinstance(given, Optimizer | Transform | Loss):
             inside.append(_label(given))
+            continue
+        if isinstance(given, tuple) and given and all(isinstance(each, Loss) for each in given):
+            inside += map(_label, given)
             continue
         if isinstance(given, Mapping) and all(isinstance(each, Optimizer | Transform) for each in given.values()):
             inside += [f"{key}: {_label(each)}" for key, each in given.items()]

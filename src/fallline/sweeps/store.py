@@ -198,11 +198,12 @@ def plan_table(plans: Sequence[TrialPlan]) -> pl.DataFrame:
             for name, value in configuration.optimizer.arguments.items()
             if isinstance(value, bool | int | float | str)
         }
+        arguments |= {f"loss.{n}": v for n, v in configuration.loss.numbers.items() if isinstance(v, int | float)}
         rows.append(
             {
                 "trial": plan.index,
                 "configuration": configuration.index,
-                "loss": repr_of_loss(configuration),
+                "loss": configuration.loss_label,
                 "optimizer": configuration.label,
                 "seed": plan.seed,
                 **{n: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for n, v in arguments.items()},
@@ -211,23 +212,12 @@ def plan_table(plans: Sequence[TrialPlan]) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def repr_of_loss(configuration: Configuration) -> str:
-    """How tables call the loss: its name, and its arguments where it has some."""
-    loss = configuration.loss
-    told = ", ".join(f"{name}={value}" for name, value in loss.arguments.items() if _simple(value))
-    return f"{loss.name}({told})" if told else loss.name
-
-
-def _simple(value: object) -> bool:
-    return isinstance(value, int | float | str)
-
-
 def _configuration_table(chosen: Sequence[Configuration]) -> pl.DataFrame:
     return pl.DataFrame(
         {
             "configuration": [c.index for c in chosen],
             "optimizer": [c.label for c in chosen],
-            "loss": [repr_of_loss(c) for c in chosen],
+            "loss": [c.loss_label for c in chosen],
             "loss_code": [c.loss.code() for c in chosen],
             "made_by": [json.dumps(to_data(c.optimizer)) for c in chosen],
             "settings": [json.dumps(c.settings) for c in chosen],

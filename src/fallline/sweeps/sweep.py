@@ -139,21 +139,21 @@ def sweep(
     where = resolve_device(device)
     if not isinstance(task, Task):
         raise InvalidSweep(f"{task!r} is not a task: give fl.Task(…) or one of fl.tasks.")
-    chosen = search.configurations(
-        _optimizers(optimizers), _losses(task, losses), samples=samples, search_seed=search_seed
-    )
+    given = _losses(task, losses)
+    chosen = search.configurations(_optimizers(optimizers), given, samples=samples, search_seed=search_seed)
     plans = search.trials(chosen, _seeds(seeds))
     budget = _steps(task, steps, epochs)
     every = max(1, -(-budget // EVALUATIONS)) if evaluate_every is None else evaluate_every
     check_budget("evaluate_every", every)
     if keep_parameters not in ("best", "all"):
         raise InvalidSweep(f"keep_parameters = {keep_parameters!r} is neither 'best' nor 'all'.")
-    tasks = {repr(c.loss): task.with_loss(c.loss) if c.loss is not task.loss else task for c in chosen}
-    for each in tasks.values():
-        each.check()
-    first = next(iter(tasks.values()))
+    tasks = [task if loss is task.loss else task.with_loss(loss) for loss in dict.fromkeys(c.loss for c in chosen)]
+    for each in tasks:
+        each.warn(stacklevel=2)
+    first = tasks[0]
     _check_parameters(first, chosen)
-    choices = [engines.choose(engine, each, where) for each in tasks.values()]
+    kinds = {each.loss.structure: each for each in tasks}
+    choices = [engines.choose(engine, each, where) for each in kinds.values()]
     choice = next((c for c in choices if c.engine == "sequential"), choices[0])
     if engine == "auto" and choice.engine == "sequential":
         warnings.warn(f"training one trial at a time: {choice.reason}.", TrainedSequentially, stacklevel=2)
@@ -169,7 +169,9 @@ def sweep(
         "task_code": task_code or _task_code(task),
         "data": fingerprint(task),
         "optimizers": _described_optimizers(optimizers),
-        "losses": list(dict.fromkeys(c.loss.name for c in chosen)),
+        "losses": [
+            {"label": label, "code": repr(loss)} for label, loss in zip(search.labels(given), given, strict=True)
+        ],
         "seeds": _seeds(seeds),
         "steps": budget,
         "epochs": budget / steps_per_epoch(len(task.train.x), task.batch_size, task.drop_last),
@@ -197,7 +199,7 @@ def sweep(
     try:
         directory = _open(path, spec, resume, chosen, plans)
         traced = choice.engine == "vectorised" and worth_tracing(len(plans), budget, processes)
-        job = Job(tasks, plans, choice.engine, where, budget, every, path, keep_parameters, traced)
+        job = Job(first, plans, choice.engine, where, budget, every, path, keep_parameters, traced)
         try:
             _train(job, directory, processes, progress, task.name, began)
         except FalllineError:
@@ -251,7 +253,7 @@ def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | N
                     directory.append(pending)
     recorded = directory.recorded()
     history = history_of(recorded, len(job.plans), job.steps, job.evaluate_every, np.float64)
-    higher = next(iter(job.tasks.values())).metric.higher_is_better
+    higher = job.task.metric.higher_is_better
     trials = with_results(directory.table(TRIALS), recorded, history, higher)
     complete = bool((trials["status"] != "interrupted").all())
     seconds = seconds_before + time.monotonic() - began
@@ -347,7 +349,7 @@ def _facts(spec: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in _plain(spec).items():
         if key == "task":
             yield from ((f"the task's {name}", fact) for name, fact in value.items())
-        elif key == "optimizers":
+        elif key in ("optimizers", "losses"):
             yield key, [each["code"] for each in value]
         elif key not in INCIDENTAL:
             yield key, value
@@ -400,8 +402,8 @@ def _losses(task: Task, given: Sequence[Any] | None) -> list[Loss]:
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise InvalidSweep(f"losses = {given!r} is not a list of losses: give for example losses=['mse', 'huber'].")
     found = [as_loss(each) for each in given]
-    kinds = {loss.kind for loss in [*found, task.loss]}
-    if len(found) > 1 and "other" in kinds and not task.metric_was_given:
+    several = len(found) > 1 or any(loss.dimensions for loss in found)
+    if several and isinstance(task.metric.function, Loss):
         raise InvalidSweep(
             "values of different losses cannot be compared, and no metric can be chosen for these: give the task a "
             "metric."

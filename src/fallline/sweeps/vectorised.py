@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from fallline.losses import Loss
 from fallline.optim import Optimizer, State
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.traced import trace
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
-from fallline.training.step import Program, gradients
+from fallline.training.step import Program, gradients, joined
 from fallline.training.trial import apart_from, state_where
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -82,6 +83,7 @@ class Population:
         programs: dict[Any, Callable[..., Any]] | None = None,
     ) -> None:
         self.task = task
+        self.loss = plans[0].configuration.loss
         self.programs = programs
         self.steps = steps
         self.device = device
@@ -99,6 +101,7 @@ class Population:
             for seed in dict.fromkeys(self.seeds)
         }
         self._stack_models()
+        self.loss_numbers = self._numbers_that_differ([plan.configuration.loss for plan in ordered])
         self.families = self._make_families([plan.configuration.optimizer for plan in ordered])
         self._index_rows()
 
@@ -127,9 +130,9 @@ class Population:
         with torch.no_grad():
             params = self.layout.views(self._evaluation_parameters())
             parts = [forward(params, self.constants, part) for part in x.split(EVALUATION_CHUNK)]
-            prediction = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            prediction = joined(parts, dim=1)
             metric = vmap(self.task.metric, in_dims=(0, None))(prediction, y)
-            loss = vmap(self.task.loss, in_dims=(0, None))(prediction, y)
+            loss = vmap(self._loss, in_dims=(0, None, 0))(prediction, y, self.loss_numbers)
         self.program.module.train()
         return metric.double().cpu().numpy(), loss.double().cpu().numpy()
 
@@ -154,6 +157,7 @@ class Population:
         self.families = families
         self._flat = self._flat[keep]
         self.constants = {name: tensor[keep] for name, tensor in self.constants.items()}
+        self.loss_numbers = {name: tensor[keep] for name, tensor in self.loss_numbers.items()}
         kept = keep.cpu().numpy()
         self.rows = self.rows[kept]
         self.seeds = [self.seeds[i] for i in kept]
@@ -194,7 +198,7 @@ class Population:
     def losses_and_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Of every trial on its mini-batch of this step: losses [row] and gradients [row, *shape]."""
         x, y, dim = self._batch()
-        return self._losses_and_gradients(dim, self._flat, self.constants, x, y)
+        return self._losses_and_gradients(dim, self._flat, self.constants, self.loss_numbers, x, y)
 
     def _one_step(self) -> Tensor:
         x, y, dim = self._batch()
@@ -246,7 +250,8 @@ class Population:
     def _arguments(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         """All tensors that a step reads."""
         states = [family.state for family in self.families]
-        return self._flat, self.constants, states, [family.numbers for family in self.families], x, y
+        numbers = [family.numbers for family in self.families]
+        return self._flat, self.constants, states, numbers, self.loss_numbers, x, y
 
     def _compute(
         self,
@@ -255,26 +260,36 @@ class Population:
         constants: dict[str, Tensor],
         states: list[State],
         numbers: list[dict[str, Tensor]],
+        loss_numbers: dict[str, Tensor],
         x: Tensor,
         y: Tensor,
     ) -> tuple[Tensor, list[Tensor], list[State]]:
         """The pure step: losses, and the updates and the new state of each family."""
-        losses, grads = self._losses_and_gradients(dim, flat, constants, x, y)
+        losses, grads = self._losses_and_gradients(dim, flat, constants, loss_numbers, x, y)
         with torch.no_grad():
             gradient = self.layout.flatten(grads, leading=1)
             made = [
-                self._update(family, state, own, flat, gradient, (dim, constants, x, y))
+                self._update(family, state, own, flat, gradient, (dim, constants, loss_numbers, x, y))
                 for family, state, own in zip(self.families, states, numbers, strict=True)
             ]
         return losses, [update for update, _ in made], [state for _, state in made]
 
     def _losses_and_gradients(
-        self, dim: int | None, flat: Tensor, constants: dict[str, Tensor], x: Tensor, y: Tensor
+        self,
+        dim: int | None,
+        flat: Tensor,
+        constants: dict[str, Tensor],
+        loss_numbers: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(params: Any, constants: Any, x: Any, y: Any, numbers: Any) -> Tensor:
+            return self.program.at(numbers).loss_at(params, constants, x, y)
+
         with torch.enable_grad():
             leaves = {name: view.detach().requires_grad_() for name, view in self.layout.views(flat).items()}
-            mapped = vmap(self.program.loss_at, in_dims=(0, 0, dim, dim), randomness="error")
-            losses = mapped(leaves, constants, x, y)
+            mapped = vmap(loss, in_dims=(0, 0, dim, dim, 0), randomness="error")
+            losses = mapped(leaves, constants, x, y, loss_numbers)
             # Rows do not meet, so the gradient of the sum holds each row's own gradient.
             return losses.detach(), gradients(losses.sum(), leaves)
 
@@ -285,7 +300,7 @@ class Population:
         numbers: dict[str, Tensor],
         flat: Tensor,
         gradient: Tensor,
-        batch: tuple[int | None, dict[str, Tensor], Tensor, Tensor],
+        batch: tuple[int | None, dict[str, Tensor], dict[str, Tensor], Tensor, Tensor],
     ) -> tuple[Tensor, State]:
         """A family's updates [row, parameters] and its new state."""
         rows = slice(family.start, family.stop)
@@ -293,19 +308,20 @@ class Population:
         if family.optimizer.elementwise:
             updates, state = update({FLAT: gradient[rows]}, state, {FLAT: flat[rows]}, numbers)
             return updates[FLAT], state
-        dim, constants, x, y = batch
+        dim, constants, loss_numbers, x, y = batch
         surveys = family.optimizer.surveys(self.step)
 
-        def rule(g: Any, s: Any, p: Any, n: Any, own: Any, x: Any, y: Any) -> Any:
-            landscape, left = self.program.pure_landscape(p, own, x, y) if surveys else (None, {})
+        def rule(g: Any, s: Any, p: Any, n: Any, own: Any, ours: Any, x: Any, y: Any) -> Any:
+            landscape, left = self.program.at(ours).pure_landscape(p, own, x, y) if surveys else (None, {})
             return *update(g, s, p, n, landscape=landscape), left
 
         grads, params = self.layout.views(gradient[rows]), self.layout.views(flat[rows])
         arguments = grads, state, params, {name: each.squeeze(1) for name, each in numbers.items()}
         own = {name: tensor[rows] for name, tensor in constants.items()}
+        ours = {name: tensor[rows] for name, tensor in loss_numbers.items()}
         if dim is not None:
             x, y = x[rows], y[rows]
-        updates, state, left = vmap(rule, in_dims=(0, 0, 0, 0, 0, dim, dim))(*arguments, own, x, y)
+        updates, state, left = vmap(rule, in_dims=(0, 0, 0, 0, 0, 0, dim, dim))(*arguments, own, ours, x, y)
         for name, tensor in left.items():
             own[name].copy_(tensor)
         return self.layout.flatten(updates, leading=1), state
@@ -359,15 +375,15 @@ class Population:
         constants: dict[int, dict[str, Tensor]] = {}
         with torch.random.fork_rng([]):
             module = self.task.build_model(self.seeds[0])
-            used = self._parameters_in_use(Program(module, self.task.loss))
+            used = self._parameters_in_use(Program(module, self.loss))
             for seed in self.orders:
-                program = Program(self.task.build_model(seed), self.task.loss)
+                program = Program(self.task.build_model(seed), self.loss)
                 params = program.trainable()
                 self.layout = Layout.of({name: params[name] for name in used})
                 unused = {name: p.detach() for name, p in params.items() if name not in used}
                 flats[seed] = self.layout.flatten({name: params[name].detach() for name in used})
                 constants[seed] = {**unused, **program.constants()}
-        self.program = Program(program.module.to(self.device).train(), self.task.loss)
+        self.program = Program(program.module.to(self.device).train(), self.loss)
         self._flat = torch.stack([flats[seed] for seed in self.seeds]).to(self.device)
         self.constants = {
             name: torch.stack([constants[seed][name] for seed in self.seeds]).to(self.device)
@@ -379,11 +395,22 @@ class Population:
         """The parameters that get a gradient; torch.optim leaves the others as they are, and so do we."""
         index = next(iter(self.orders.values())).at(0)
         params = program.trainable()
-        loss = self.task.loss(
+        loss = self.loss(
             program.module(self.task.train.x.index_select(0, index)), self.task.train.y.index_select(0, index)
         )
         found = gradients(loss, params)
         return [name for name in params if name in found]
+
+    def _loss(self, prediction: Any, y: Tensor, numbers: dict[str, Tensor]) -> Tensor:
+        return self.program.at(numbers).loss(prediction, y)
+
+    def _numbers_that_differ(self, losses: Sequence[Loss]) -> dict[str, Tensor]:
+        """The numbers [row] of the trials' losses; those that all share are left to the loss itself, as constants."""
+        return {
+            name: torch.tensor([float(loss.numbers[name]) for loss in losses], dtype=torch.float64, device=self.device)
+            for name in losses[0].numbers
+            if len({float(loss.numbers[name]) for loss in losses}) > 1
+        }
 
     def _make_families(self, optimizers: Sequence[Optimizer]) -> list[Family]:
         families: list[Family] = []
@@ -422,7 +449,8 @@ class Population:
         position = {seed: i for i, seed in enumerate(self.orders)}
         self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
         families = tuple((family.optimizer.structure, family.start, family.stop) for family in self.families)
-        self._shape = (repr(self.task.loss), self.steps, families)
+        shared = tuple((n, number) for n, number in self.loss.numbers.items() if n not in self.loss_numbers)
+        self._shape = (self.loss.structure, shared, self.steps, families)
 
 
 def _map(tree: Any, change: Any) -> Any:

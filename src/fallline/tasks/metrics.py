@@ -4,14 +4,17 @@ with."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fallline.errors import UnknownName, nearest
 from fallline.losses import Loss
+from fallline.losses.arguments import like
+from fallline.losses.base import Prediction, Target
 
 IGNORED = -100
 """The label that torch's losses leave out by default."""
@@ -105,25 +108,35 @@ registry: Mapping[str, Callable[[], Metric]] = {
 }
 """The metrics that need no argument, by name."""
 
-_ABSOLUTE = ("l1", "huber", "L1Loss", "SmoothL1Loss", "HuberLoss", "l1_loss", "smooth_l1_loss", "huber_loss")
-_OF_PROBABILITIES = ("BCELoss", "binary_cross_entropy")
+# Losses of regression whose best single guess is the mean, by the name of ours; the others' is nearer to the median.
+_OF_MEANS = ("mse", "poisson_nll", "gaussian_nll", "beta_nll", "evidential", "negative_binomial_nll", "tweedie")
 
 
-def for_loss(loss: Loss) -> Metric:
-    """The metric of a task that names none: accuracy for classes, mean absolute error for the losses that
-    grow with the distance, mean squared error for mse, and the validation loss where the loss is not known.
+def for_loss(loss: Loss, target: Tensor | None = None) -> Metric:
+    """The metric of a task that names none: accuracy for classes, mean squared error for the losses whose best guess is
+    the mean, mean absolute error for the other losses of numbers, and the validation loss where the loss is not known.
+
+    Args:
+        target: of the training data, which decides for the losses that take classes as well as yes or no.
 
     >>> from fallline import losses
     >>> for_loss(losses.cross_entropy()).name, for_loss(losses.huber()).name
     ('accuracy', 'mae')
     """
-    if loss.kind == "classification":
+    either = loss.target is Target.CLASSES_OR_YES_NO
+    yes_or_no = either and target is not None and target.is_floating_point()
+    if yes_or_no or (loss.kind == "binary" and not (either and target is not None)):
+        return binary_accuracy(0.5 if loss.prediction is Prediction.PROBABILITIES else 0.0)
+    if loss.kind in ("classification", "binary"):
         return accuracy()
-    if loss.kind == "binary":
-        return binary_accuracy(0.5 if loss.name in _OF_PROBABILITIES else 0.0)
     if loss.kind == "regression":
-        return mae() if loss.name in _ABSOLUTE else mse()
+        made = mse() if (loss.kin or loss.name) in _OF_MEANS else mae()
+        return made if loss.estimate is None else replace(made, function=partial(_of_estimate, made, loss.estimate))
     return validation_loss(loss)
+
+
+def _of_estimate(metric: Metric, estimate: Callable[[Any], Tensor], prediction: Any, target: Tensor) -> Tensor:
+    return metric.function(like(estimate(prediction), target), target)
 
 
 def as_metric(thing: object) -> Metric:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fallline.losses import Loss
+from fallline.losses.base import Numbers
 from fallline.tasks.task import Task
 
 DIMENSIONS = 100
@@ -68,11 +69,11 @@ def quadratic_form(matrix: Tensor) -> Loss:
         name="quadratic",
         kind="other",
         terms=partial(_quadratic_terms, matrix),
-        source=partial(str, "lambda p, t: 0.5 * ((p - t) @ Q * (p - t)).sum(1).mean()"),
+        written="lambda p, t: 0.5 * ((p - t) @ Q * (p - t)).sum(1).mean()",
     )
 
 
-def _quadratic_terms(matrix: Tensor, prediction: Tensor, target: Tensor) -> tuple[Tensor, None]:
+def _quadratic_terms(matrix: Tensor, prediction: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, None]:
     distance = prediction - target
     return 0.5 * (distance @ matrix.to(distance) * distance).sum(-1), None
 

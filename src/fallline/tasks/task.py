@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from fallline.errors import FalllineError, InvalidTask
-from fallline.losses import Loss, as_loss
-from fallline.losses.keywords import knows_its_keywords
+from fallline import losses
+from fallline.errors import FalllineError, InvalidTask, LossMismatch, LossMisused
+from fallline.losses import Finding, Loss, as_loss
+from fallline.losses.misuse.check import refusal
 from fallline.tasks.data import Data, as_data, split
+from fallline.tasks.keywords import knows_its_keywords
 from fallline.tasks.metrics import Metric, as_metric, for_loss
+
+# What a finding can say about targets alone, whatever was predicted for them.
+OF_THE_TARGET = ("label-range", "target-coding", "target-type", "not-normalised", "not-finite", "domain")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class _Facts:
     dtype: torch.dtype
     parameters: int
     model: str
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -123,7 +130,7 @@ class Task:
             train=train_data,
             validation=validation_data,
             loss=made_loss,
-            metric=for_loss(made_loss) if metric is None else as_metric(metric),
+            metric=for_loss(made_loss, train_data.y) if metric is None else as_metric(metric),
             metric_was_given=metric is not None,
             batch_size=batch_size,
             drop_last=bool(drop_last),
@@ -179,27 +186,51 @@ class Task:
             same = self.validation is self.train
             train = self.train.to(dtype)
             validation = train if same else self.validation.to(dtype)
+            findings: dict[Finding, None] = {}
             for role, data in (("train", train), ("validation", validation)):
-                self._check_data(model, data, role)
+                findings.update(dict.fromkeys(self._check_data(model, data, role)))
             parameters = sum(each.numel() for each in model.parameters() if each.requires_grad)
-        self._set(train=train, validation=validation, _facts=_Facts(dtype, parameters, repr(model)))
+        self._set(train=train, validation=validation, _facts=_Facts(dtype, parameters, repr(model), tuple(findings)))
         return self
 
-    def _check_data(self, model: nn.Module, data: Data, role: str) -> None:
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is worth knowing about the loss on these data, short of an error. Calls `check()`."""
+        self.check()
+        assert self._facts is not None
+        return self._facts.findings
+
+    def warn(self, *, stacklevel: int = 2) -> None:
+        """Warns of each finding that is very likely a mistake. Calls `check()`.
+
+        Args:
+            stacklevel: as in `warnings.warn`, from the caller's caller on.
+        """
+        for finding in self.findings:
+            if finding.severity == "warning":
+                words = f"{self.loss.name}: {finding.message} Fix: {finding.fix} [{finding.code}]"
+                warnings.warn(words, LossMisused, stacklevel=stacklevel + 1)
+
+    def _check_data(self, model: nn.Module, data: Data, role: str) -> list[Finding]:
         count = min(self.batch_size, len(data))
-        prediction = self._prediction(model, data.x[:count], role)
-        target = data.y[:count]
+        rows = torch.linspace(0, len(data) - 1, count).long()  # spread over all: data are often sorted
+        prediction = self._prediction(model, data.x[rows], role)
+        target = data.y[rows]
         if isinstance(prediction, Tensor) and prediction.ndim and prediction.shape[0] == count:
             # One prediction seen by every target: all the labels are checked for the price of one batch.
-            self.loss.check(prediction[:1].expand(len(data), *prediction.shape[1:]), data.y)
-        self.loss.check(prediction, target)
+            every = prediction[:1].detach().expand(len(data), *prediction.shape[1:])
+            about_targets = [each for each in losses.check(self.loss, every, data.y) if each.code in OF_THE_TARGET]
+            if errors := [each for each in about_targets if each.severity == "error"]:
+                raise LossMismatch(refusal(errors))
+        found = losses.require(self.loss, prediction, target, model if role == "train" else None)
         for what, function in (("loss", self.loss), (f"metric {self.metric.name!r}", self.metric)):
             self._require_number(what, function, prediction, target, role)
+        return found
 
     def _prediction(self, model: nn.Module, x: Tensor, role: str) -> Any:
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(role == "train"):
                 return model(x)
         except Exception as error:
             raise InvalidTask(

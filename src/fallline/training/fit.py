@@ -104,7 +104,8 @@ def fit(
         The trained model with its history and a verdict. Ctrl-C ends training and returns what there is.
 
     Raises:
-        InvalidTask, LossMismatch: when the task cannot be trained as it is.
+        InvalidTask, LossMismatch: when the task cannot be trained as it is. What is only very likely a mistake is
+            warned of (`LossMisused`).
         InvalidSweep: for a budget that is none.
         RunDirectoryError: when `out` holds another run or cannot be written.
 
@@ -123,7 +124,7 @@ def fit(
     lr = learning_rate(optimizer)
     if loss is not None:
         task = task.with_loss(loss)
-    task.check()
+    task.warn(stacklevel=2)
     trial = Trial(task, optimizer, seed, steps=budget, device=where)
     record = _Record(trial, budget, per_epoch, patience)
     identity = {**task.describe(), "data": fingerprint(task), "optimizer": repr(optimizer), "seed": seed}

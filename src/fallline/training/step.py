@@ -6,14 +6,15 @@ and buffers that can be mapped over stacked ones (modules that torch.func accept
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fallline.losses import Loss
 from fallline.optim import Landscape
 
 Named = Mapping[str, Tensor]
@@ -30,7 +31,11 @@ class Program:
     """
 
     module: nn.Module
-    loss: Loss
+    loss: Callable[..., Tensor]
+
+    def at(self, numbers: Named) -> Program:
+        """The same program whose loss reads these numbers instead of its own."""
+        return replace(self, loss=partial(self.loss, numbers=numbers)) if numbers else self
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name; a tied parameter once."""
@@ -89,6 +94,19 @@ class Program:
             return self.loss_at(at, {name: tensor.clone() for name, tensor in constants.items()}, x, y)
 
         return Landscape(gradient, Landscape.of(loss_alone, params).curvature), latest
+
+
+def joined(predictions: Sequence[Any], dim: int = 0) -> Any:
+    """The predictions for parts of the data as one, each tensor of a tuple by itself.
+
+    A tensor that is the same for every part (a classifier's weights) is no prediction for a sample, and stays as it is.
+    """
+    if len(predictions) == 1:
+        return predictions[0]
+    if isinstance(predictions[0], Tensor):
+        same = len({part.data_ptr() for part in predictions}) == 1 and predictions[0].numel()
+        return predictions[0] if same else torch.cat(list(predictions), dim=dim)
+    return tuple(joined(parts, dim) for parts in zip(*predictions, strict=True))
 
 
 def gradients(loss: Tensor, params: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:

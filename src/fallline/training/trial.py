@@ -22,7 +22,7 @@ from fallline.optim.torch_own import TorchOwn, state_from_tensors, state_to_tens
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.layout import FLAT, Layout
-from fallline.training.step import Program, gradients
+from fallline.training.step import Program, gradients, joined
 
 # Samples per forward pass when the model is evaluated.
 EVALUATION_CHUNK = 1024
@@ -88,7 +88,7 @@ class Trial:
         was_training = self.module.training
         self.module.eval()
         with torch.no_grad(), self._own_random_numbers(), self._evaluation_parameters():
-            prediction = torch.cat([self.module(part) for part in x.split(EVALUATION_CHUNK)])
+            prediction = joined([self.module(part) for part in x.split(EVALUATION_CHUNK)])
             metric, loss = self.task.metric(prediction, y), self.task.loss(prediction, y)
         self.module.train(was_training)
         return float(metric), float(loss)

@@ -1,7 +1,7 @@
 """How a value remembers the call that made it.
 
-Optimizers, transforms and schedules are made by functions marked `@described`. What they return knows the function
-and the arguments it was called with, so that it can be printed as code, written to JSON, and made again with a
+Losses, optimizers, transforms and schedules are made by functions marked `@described`. What they return knows the
+function and the arguments it was called with, so that it can be printed as code, written to JSON, and made again with a
 search dimension replaced by a number. They are equal when their calls are, and travel to other processes as their
 call: the function by reference, and the arguments. Such a function only ever sees concrete arguments: when a dimension
 is among them, it is called once for each of the dimension's examples, which validates them all, and the last result is
@@ -10,6 +10,7 @@ returned as a template that knows its `call`.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import math
@@ -19,14 +20,18 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ParamSpec, TypeVar, cast
 
+from fallline.dimensions import Dimension
 from fallline.errors import FalllineError, InvalidHyperparameter, UnknownArgument, unknown_argument
-from fallline.optim.dimensions import Dimension
 
 P = ParamSpec("P")
 
 
 # Arguments of torch's optimizers that choose an implementation.
 TORCH_SWITCHES = frozenset({"foreach", "fused", "capturable", "differentiable"})
+
+
+# What one of several is called, where it is not the name without its last letter.
+SINGULARS = {"eps": "eps", "losses": "loss"}
 
 
 class NotOfTheRule(UnknownArgument, ValueError):
@@ -101,7 +106,7 @@ def remembers_its_call(cls: type[T]) -> type[T]:
         return functools.partial(call.function, *call.extra, **call.arguments), ()
 
     methods: dict[str, Callable[..., Any]] = {
-        "__repr__": lambda self: code(self, "fl.optim."),
+        "__repr__": lambda self: code(self, "fl."),
         "__eq__": equal,
         "__hash__": lambda self: object.__hash__(self) if call_of(self) is None else hash(call_of(self)),
         "__reduce__": reduce,
@@ -125,11 +130,14 @@ def unmade(value: Any) -> FalllineError:
 R = TypeVar("R")
 
 
-def described(function: Callable[P, R]) -> Callable[P, R]:
-    """Marks `function` as a maker of optimizers, transforms or schedules, which then remember their call.
+def described(function: Callable[P, R], *, read: Callable[[Any], Any] | None = None) -> Callable[P, R]:
+    """Marks `function` as a maker of losses, optimizers, transforms or schedules, which then remember their call.
 
     Any of its arguments may then be a search dimension, and what it makes can be printed, saved and sent to other
     processes. Where it is at the top of a module, these find it again by its name.
+
+    Args:
+        read: makes plain data of an argument; `plain` if left out.
 
     >>> import fallline as fl
     >>> @described
@@ -139,6 +147,7 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
     >>> sign_descent(lr=fl.log_grid(0.01, 1.0, 3)).dimensions
     {'lr': fl.grid([0.01, 0.1, 1.0])}
     """
+    read = read or plain
     signature = inspect.signature(function)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -160,8 +169,8 @@ def described(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise UnknownArgument(f"{function.__name__}(): {error}.") from None
         bound.apply_defaults()
-        arguments = {name: plain(bound.arguments[name]) for name in keywords}
-        arguments |= {name: plain(value) for name, value in bound.arguments.get(others or "", {}).items()}
+        arguments = {name: read(bound.arguments[name]) for name in keywords}
+        arguments |= {name: read(value) for name, value in bound.arguments.get(others or "", {}).items()}
         extra = next((v for name, v in bound.arguments.items() if kinds[name] is several[0]), ())
         call = Call(wrapper, arguments, tuple(extra))
         dimensions = list(search_dimensions(call))
@@ -225,7 +234,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for index, (name, item) in enumerate(call.arguments.items()):
             # A schedule's first argument is the hyperparameter itself: lr=cosine(0.1) has lr 0.1. The arguments of an
             # optimizer inside another keep their names.
-            inner = name if not path else path if index == 0 else f"{path}.{name}"
+            inner = name if not path else path if index == 0 and hasattr(value, "curve") else f"{path}.{name}"
             yield from leaves(item, path if hasattr(item, "transforms") or hasattr(item, "apply") else inner)
     elif isinstance(value, Mapping):
         for name, item in value.items():
@@ -238,8 +247,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def item_name(name: str, index: int) -> str:
-    """The name of one of several: `beta1` of `betas`, but `eps1` of `eps`."""
-    return f"{name if name == 'eps' else name.removesuffix('s')}{index + 1}"
+    """The name of one of several: `beta1` of `betas`, `loss1` of `losses`, but `eps1` of `eps`."""
+    return f"{SINGULARS.get(name, name.removesuffix('s'))}{index + 1}"
 
 
 def code(value: Any, prefix: str = "") -> str:
@@ -270,12 +279,50 @@ def code(value: Any, prefix: str = "") -> str:
 
 
 def _name_of(function: Callable[..., Any], prefix: str) -> str:
-    """The name under which a function or class is used: that of fallline's own behind the prefix, torch's in full."""
+    """The name under which a function or class is used: that of fallline's own behind `fl.`, torch's in full."""
     module = function.__module__ or ""  # None in code that exec runs
     if module.startswith("torch.optim"):
         return f"torch.optim.{function.__name__}"
-    if not module.startswith("fallline.optim."):
-        return function.__name__
-    if prefix and module.endswith(".schedules"):
-        return f"fl.schedules.{function.__name__}"
-    return f"{prefix}{function.__name__}"
+    rooms = {"fallline.optim.schedules": "schedules.", "fallline.optim.": "optim.", "fallline.losses.": "losses."}
+    for start, room in rooms.items():
+        if prefix and module.startswith(start):
+            return f"{prefix}{room}{function.__name__}"
+    return function.__name__
+
+
+def written_arguments(rest: str, name: str, text: str) -> dict[str, Any]:
+    """The arguments `argument=value,argument=value` of something that is written on the command line.
+
+    Args:
+        rest: the arguments alone.
+        name, text: what they are for and all that was written, for the error.
+
+    Raises:
+        UnknownArgument: for an argument without a value, or one given twice.
+
+    >>> written_arguments("momentum=0.9,nesterov=True", "sgd", "sgd:momentum=0.9,nesterov=True")
+    {'momentum': 0.9, 'nesterov': True}
+    """
+    given: dict[str, Any] = {}
+    for part in _split(rest):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise UnknownArgument(f"{part!r} in {text!r} has no value: write {name}:argument=value,argument=value.")
+        if key in given:
+            raise UnknownArgument(f"{key!r} is given twice in {text!r}: leave one out.")
+        try:
+            given[key] = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError):
+            given[key] = value
+    return given
+
+
+def _split(text: str) -> list[str]:
+    """The text at its commas, but not at those inside parentheses: `betas=(0.9,0.99),eps=1e-6`."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part for part in (*parts, text[start:]) if part.strip()]

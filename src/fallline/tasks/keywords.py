@@ -1,6 +1,6 @@
 """The refusal of misspelt keywords: `knows_its_keywords` turns Python's bare TypeError into a hint.
 
-The constructors of the losses and of `Task` are wrapped by it. `base` holds what a loss is.
+The constructor of `Task` is wrapped by it. Losses and optimizers have `described`.
 """
 
 from __future__ import annotations
