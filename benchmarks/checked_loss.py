@@ -3,8 +3,8 @@
     python -m benchmarks.checked_loss [--epochs 40]
 
 A plain PyTorch loop trains digits with torch's CrossEntropyLoss, bare and checked, in turns, so that a slow minute of
-the machine hits both alike; each number is the median over epochs, the ratio the median of the ratios of neighbours. A second
-table has what one call of `fl.losses.check` costs.
+the machine hits both alike; each number is the median over epochs, the ratio the median of the ratios of neighbours. A
+second table has what one call of `fl.losses.check` costs.
 """
 
 from __future__ import annotations

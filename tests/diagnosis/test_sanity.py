@@ -200,6 +200,8 @@ def test_a_misused_loss_is_all_that_is_told():
     made = task(lambda: nn.Sequential(classifier(), nn.Softmax(1)))
     with pytest.raises(fl.errors.LossMismatch, match="softmax"):
         made.check()
+    [outcome] = examine(made)
+    assert [each.code for each in outcome.findings] == ["double-softmax"]
 
 
 def test_nothing_is_changed_by_looking():

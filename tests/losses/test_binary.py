@@ -243,6 +243,16 @@ def test_asymmetric_is_the_papers_formula(numbers):
     assert_same(asymmetric(**arguments), lambda z, y: ridnik(z, y, *numbers) / z.numel(), logits, target)
 
 
+def test_asymmetrics_defaults_are_the_papers_code():
+    logits, target = drawn(0, 6, 4), drawn(1, 6, 4).sigmoid().round()
+    explicit = asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05)
+    assert asymmetric() == explicit
+    assert asymmetric().numbers == {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05}
+    slope = grad(lambda clip: asymmetric()(logits, target, numbers={"clip": clip}))
+    assert slope(torch.tensor(0.0).double()) < -1e-3
+    assert slope(torch.tensor(0.1).double()) < -1e-4
+
+
 def test_asymmetric_without_asymmetry_is_cross_entropy_and_focal():
     logits, target = drawn(2, 5, 3), drawn(3, 5, 3).sigmoid().round()
     plain = asymmetric(gamma_neg=0, gamma_pos=0, clip=0)

@@ -139,6 +139,14 @@ def test_one_sample_without_a_batch():
     torch.testing.assert_close(vmap(mixed)(logits, labels), expected, **CLOSE)
 
 
+def test_one_sample_without_a_batch_in_sums():
+    logits, labels = classes((6, 4))
+    size = Loss("size", "other", _size, Prediction.LOGITS, reduction="sum")
+    loss = weighted_sum(losses=(cross_entropy(reduction="sum"), size), weights=(1.0, 0.5))
+    expected = functional.cross_entropy(logits[0], labels[0]) + 0.5 * logits[0].square().sum()
+    torch.testing.assert_close(loss(logits[0], labels[0]), expected, **CLOSE)
+
+
 def _size(prediction, target, numbers):
     return prediction.square(), None
 
@@ -174,6 +182,7 @@ def test_the_sums_that_people_train_with():
     assert (loss.prediction, loss.target, loss.kind) == (Prediction.YES_LOGITS, Target.YES_NO, "binary")
     gaussian, beta, crps = (fl.losses.get(each)() for each in ("gaussian_nll", "beta_nll", "crps"))
     assert (gaussian + beta).estimate is gaussian.estimate
+    assert weighted_sum(losses=(nn.GaussianNLLLoss(), gaussian), weights=(1.0, 1.0)).kind == "regression"
     for different in (crps, fl.losses.get("gaussian_nll")(log_variance=True)):
         with pytest.raises(LossMismatch, match="parameters of different"):
             gaussian + different
@@ -296,7 +305,9 @@ def test_any_callable_is_called_as_it_is():
     assert "fl.losses.mse()" in loss.code()
     known = weighted_sum(losses=(nn.MSELoss(), nn.L1Loss()), weights=(1.0, 2.0))
     torch.testing.assert_close(known.per_sample(prediction, target).mean(), known(prediction, target), **CLOSE)
-    assert eval(known.code(), {"fl": fl, "torch": torch})(prediction, target) == known(prediction, target)
+    for written in (known, weighted_sum(losses=(nn.MSELoss(),), weights=(2.0,))):
+        again = eval(written.code(), {"fl": fl, "torch": torch})
+        assert again(prediction, target) == written(prediction, target)
     assert fl.losses.as_loss(largest) + mse() == weighted_sum(
         losses=(fl.losses.as_loss(largest), mse()), weights=(1.0, 1.0)
     )

@@ -320,6 +320,12 @@ def test_tweedie_is_zero_at_the_target_and_finite_far_from_it(dtype):
     torch.testing.assert_close(slopes[0], rightly, rtol=1e-5, atol=1e-6)
 
 
+def test_a_prediction_too_large_for_its_type_has_an_infinite_gradient_and_none_that_is_no_number():
+    far, amounts = torch.tensor([1e4, 1e4]), torch.tensor([0.0, 2.0])
+    value, slopes = gradients(lambda p: tweedie(reduction="none")(p, amounts), far)
+    assert value.tolist() == slopes[0].tolist() == [math.inf, math.inf]
+
+
 def test_the_power_may_be_swept():
     prediction, target = drawn(0, 5), counts(0, 5)
     target[0] = 0

@@ -158,15 +158,17 @@ def test_logits_of_ten_thousand_and_classes_ruled_out_are_finite_and_right(chunk
 
 
 class Largest(TorchDispatchMode):
-    """The largest number of elements that any operation has returned, and the names of all operations."""
+    """The largest number of elements that any operation or matrix product has made, and the names of all operations."""
 
     def __init__(self):
         super().__init__()
-        self.elements, self.names = 0, []
+        self.elements, self.product, self.names = 0, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         self.names.append(function.overloadpacket.__name__)
+        if self.names[-1] in ("mm", "bmm"):
+            self.product = max(self.product, made.numel())
         for each in made if isinstance(made, tuple | list) else [made]:
             if isinstance(each, torch.Tensor):
                 self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
@@ -196,6 +198,25 @@ def test_by_default_no_more_than_a_few_million_logits_exist():
     with Largest() as seen:
         linear_cross_entropy()(leaves, target).backward()
     assert 1e6 < seen.elements <= tiles.ON_A_CPU < 3000 * 2000
+
+
+def test_all_trials_together_have_no_more_logits_than_one():
+    several = [problem(200, 2, 300, seed) for seed in range(8)]
+    hidden, weight = (torch.stack([p[i] for p, _ in several]) for i in range(2))
+    loss = linear_cross_entropy(chunk=20)
+    with Largest() as seen:
+        vmap(grad(lambda h, w, t: loss((h, w), t), (0, 1)))(hidden, weight, torch.stack([t for _, t in several]))
+    assert 20 * 300 / 2 < seen.product <= 20 * 300
+
+
+def test_second_derivatives_need_no_more_memory():
+    (hidden, weight, _), target = problem(1500, 2, 200)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with Largest() as seen:
+        slopes = torch.autograd.grad(linear_cross_entropy(chunk=8)(leaves, target), leaves, create_graph=True)
+        sum(slope.square().sum() for slope in slopes).backward()
+    assert seen.elements < 1500 * 200 / 5
+    assert hidden.grad.abs().max() > 1e-9
 
 
 @pytest.mark.parametrize(("moving", "products"), [([0], 2), ([1], 2), ([2], 1), ([0, 1, 2], 3)])
@@ -273,6 +294,10 @@ def test_nested_vmap_and_a_number_for_each_trial():
     found = vmap(vmap(grad(one), (0, 0, None, None)), (None, None, 0, 0))(
         hidden.view(3, 8, 6), target.view(3, 8), caps, smoothings
     )
+    turned = vmap(vmap(grad(one), (None, None, 0, 0)), (0, 0, None, None))(
+        hidden.view(3, 8, 6), target.view(3, 8), caps, smoothings
+    )
+    same([turned], [found.transpose(0, 1)])
     for i, (cap, smoothing) in enumerate(zip(caps.tolist(), smoothings.tolist(), strict=True)):
         for j, (h, t) in enumerate(zip(hidden.view(3, 8, 6), target.view(3, 8), strict=True)):
             loss = naive(softcap=cap, label_smoothing=smoothing)
@@ -309,7 +334,19 @@ def test_second_derivatives_are_those_of_all_logits():
         same(second(linear_cross_entropy(chunk=chunk, **arguments)), expected)
 
 
-@pytest.mark.parametrize("chunk", ["auto", 3, 20])
+def test_second_derivatives_by_its_own_numbers():
+    (hidden, weight, bias), target = problem(tokens=7, depth=3, classes=11)
+    leaves = [each.double().requires_grad_() for each in (hidden, weight, bias, *torch.tensor([2.0, 0.1, 0.2]))]
+
+    def loss(hidden, weight, bias, *numbers):
+        named = dict(zip(("softcap", "z_loss", "label_smoothing"), numbers, strict=True))
+        return linear_cross_entropy(chunk=2, softcap=1.0)((hidden, weight, bias), target, numbers=named)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("chunk", ["auto", 20])
 def test_a_traced_population_computes_the_same_numbers(chunk):
     several = [problem(seed=seed) for seed in range(3)]
     stacked = [torch.stack([p[i] for p, _ in several]) for i in range(3)]
@@ -353,6 +390,15 @@ def test_a_label_that_is_no_class_is_refused(chunk, label):
         linear_cross_entropy(chunk=chunk)(prediction, target)
 
 
+def test_a_label_that_is_no_class_is_refused_in_a_traced_program():
+    (hidden, weight, _), target = problem()
+    traced = trace(lambda h, w, t: linear_cross_entropy(chunk=100)((h, w), t), hidden, weight, target)
+    same([traced(hidden, weight, target)], [linear_cross_entropy()((hidden, weight), target)])
+    target[4] = 23
+    with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|index"):
+        traced(hidden, weight, target)
+
+
 def test_under_autocast_it_multiplies_in_the_chosen_type_and_gives_float32():
     (hidden, weight, bias), target = problem(dtype=torch.float32)
     leaves = hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
@@ -366,6 +412,13 @@ def test_under_autocast_it_multiplies_in_the_chosen_type_and_gives_float32():
         assert all(slope.dtype == torch.float32 for slope in slopes)
         same([value.detach()], [expected[0]], rtol=1e-5, atol=1e-6)
         same(slopes, expected[1:], rtol=1e-2, atol=1e-3)
+
+
+def test_autocast_leaves_float64_as_it_is():
+    prediction, target = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [linear_cross_entropy(chunk=chunk)(prediction, target) for chunk in ("auto", 3)]
+    same(found, [naive()(prediction, target)] * 2)
 
 
 def test_hidden_states_of_half_precision_go_with_a_classifier_in_float32():

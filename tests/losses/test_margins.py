@@ -115,7 +115,7 @@ def test_signs_may_be_whole_numbers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_soft_margin_is_exact_where_torchs_overflows(dtype):
-    scores = torch.tensor([-1e4, -800.0, -100.0, -30.0, 0.0, 30.0, 80.0, 1e4], dtype=dtype)
+    scores = torch.tensor([-1e4, -800.0, -100.0, -30.0, -21.0, -20.5, 0.0, 30.0, 80.0, 1e4], dtype=dtype)
     target = torch.ones_like(scores)
     torchs = gradient(torch.nn.SoftMarginLoss(), scores, target)
     assert torchs[0].isinf(), "the documented difference"

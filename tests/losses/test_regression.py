@@ -71,6 +71,7 @@ def test_smooth_l1_is_torchs_at_its_joint_and_at_zero():
 def test_a_swept_beta_of_zero_is_l1_also_where_nothing_differs():
     prediction = torch.tensor([-3.0, 0.0, 0.5], dtype=torch.float64)
     target = torch.zeros_like(prediction)
+    torch.testing.assert_close(smooth_l1(beta=0.0)(prediction, target), l1()(prediction, target), **CLOSE)
     betas = torch.tensor([0.0, 1.0], dtype=torch.float64)
     slopes = vmap(grad(lambda p, b: smooth_l1()(p, target, numbers={"beta": b})), (None, 0))(prediction, betas)
     torch.testing.assert_close(slopes[0], grad(functional.l1_loss)(prediction, target), **CLOSE)
@@ -208,7 +209,13 @@ def test_each_of_several_quantiles_may_be_swept():
 
 def test_the_estimate_is_the_quantile_nearest_the_median():
     prediction = drawn(0, 6, 3)
-    for levels, column in [((0.9, 0.4, 0.1), 1), ((0.45, 0.8, 0.9), 0), ((0.1, 0.2, 0.55), 2), ((0.1, 0.4, 0.6), 1)]:
+    for levels, column in [
+        ((0.9, 0.4, 0.1), 1),
+        ((0.45, 0.8, 0.9), 0),
+        ((0.1, 0.2, 0.55), 2),
+        ((0.1, 0.4, 0.6), 1),
+        ((0.4, 0.6, 0.9), 0),
+    ]:
         torch.testing.assert_close(quantile(quantiles=levels).estimate(prediction), prediction[:, column])
     estimate = quantile(quantiles=(0.3, 0.6)).estimate
     torch.testing.assert_close(estimate(prediction[:, :2].unbind(1)), prediction[:, 1])

@@ -174,6 +174,12 @@ def test_an_impossible_alignment_is_infinite_with_no_gradient_or_nothing(labels,
         assert slope[1].abs().max() > 0.1
 
 
+def test_no_samples_have_no_loss():
+    none, joined = torch.zeros(0, 9, 5), torch.zeros(0, dtype=torch.int64)
+    for labels in (LABELS[:0], (joined, COUNTS[:0])):
+        assert ctc(reduction="sum")((none, FRAMES[:0]), labels) == 0
+
+
 def test_no_frames_spell_only_no_labels():
     log_probs = logits_of().log_softmax(-1)
     loss = ctc(reduction="none")

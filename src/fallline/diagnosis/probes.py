@@ -34,7 +34,8 @@ class Subject:
     """A task under examination: one model of it, and some of its training data."""
 
     def __init__(self, task: Task, seed: int, device: torch.device) -> None:
-        self.task = task.check()
+        self.task = task
+        task.findings  # noqa: B018 - which gives the data the type of the model
         self.device = device
         self.seed = seed
         with torch.random.fork_rng(_devices(device)):
@@ -47,7 +48,10 @@ class Subject:
     @cached_property
     def findings(self) -> list[Finding]:
         """What is wrong with the loss: found by the task's own check, and on the samples that are looked at."""
+        if any(finding.severity == "error" for finding in self.task.findings):
+            return list(self.task.findings)
         with torch.random.fork_rng(_devices(self.device)), torch.enable_grad():
+            torch.manual_seed(self.seed)
             prediction = self.model.train()(self.x)
             found = losses.check(self.task.loss, prediction, self.y, self.model)
         return list(dict.fromkeys([*self.task.findings, *found]))

@@ -86,8 +86,10 @@ def examine(task: Task, *, seed: int = 0, device: str | torch.device = "auto") -
 
 def _loss(subject: Subject) -> Outcome:
     found = tuple(subject.findings)
-    count = len(subject.y)
-    return Outcome("the loss", f"{subject.task.loss.name} on {count} samples: {subject.initial_loss():.4g}", found)
+    name, count = subject.task.loss.name, len(subject.y)
+    if any(finding.severity == "error" for finding in found):
+        return Outcome("the loss", f"{name} does not measure what is meant", found)
+    return Outcome("the loss", f"{name} on {count} samples: {subject.initial_loss():.4g}", found)
 
 
 def _initial_loss(subject: Subject) -> Outcome:

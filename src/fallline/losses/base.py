@@ -175,7 +175,8 @@ class Loss:
             LossMismatch: for a wrapped callable, of which only the reduced value is known.
         """
         values, _ = self._terms(prediction, target, *more, numbers=numbers)
-        if values.ndim <= 1 or self.kind == "classification":
+        element_by_element = isinstance(prediction, Tensor) and values.shape == prediction.shape
+        if values.ndim <= 1 or (self.kind == "classification" and not element_by_element):
             return values
         values = values.flatten(1)
         return values.sum(1) if self.reduction in ("sum", "batchmean") else values.mean(1)

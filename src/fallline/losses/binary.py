@@ -313,6 +313,7 @@ CATALOGUE = (
             Invalid({"pos_weight": (1.0, -1.0)}, "pos_weight=(1.0, -1.0)"),
             Invalid({"pos_weight": float("inf")}, "pos_weight=inf"),
             Invalid({"weight": -1.0}, "weight=-1.0"),
+            Invalid({"weight": (1.0, float("inf"))}, "weight=(1.0, inf)"),
             Invalid({"weight": True}, "weight=True"),
             Invalid({"weight": "2"}, "weight='2'"),
         ),

@@ -432,7 +432,7 @@ CATALOGUE = (
             {},
             {"weight": _WEIGHTS, "label_smoothing": 0.1},
             {"weight": _WEIGHTS, "label_smoothing": 0.1, "weighting": "samples"},
-            {"ignore_index": 2},
+            {"ignore_index": -1},
         ),
         invalid=(
             Invalid({"label_smoothing": 1.5}, "label_smoothing=1.5"),
@@ -447,7 +447,7 @@ CATALOGUE = (
     LossInfo(
         nll,
         _log_probabilities,
-        valid=({}, {"weight": _WEIGHTS, "ignore_index": 2}),
+        valid=({}, {"weight": _WEIGHTS, "ignore_index": -1}),
         invalid=(IGNORE_INVALID, *_WEIGHTS_INVALID),
     ),
     LossInfo(

@@ -50,7 +50,6 @@ TARGETS: Mapping[Target, frozenset[Target]] = {
     Target.FRACTIONS: frozenset({Target.YES_NO, Target.PROBABILITIES}),
     Target.CLASSES_OR_PROBABILITIES: frozenset({Target.CLASSES, Target.PROBABILITIES}),
     Target.CLASSES_OR_YES_NO: frozenset({Target.CLASSES, Target.YES_NO}),
-    Target.GROUPS: frozenset({Target.CLASSES}),
 }
 # The losses of a distribution that read the same numbers: all others are alone with theirs.
 PARAMETERS = dict.fromkeys(("gaussian_nll", "beta_nll", "GaussianNLLLoss", "gaussian_nll_loss"), "mean and variance")
@@ -215,7 +214,7 @@ def weighted_sum(*, losses: Sequence[object], weights: Sequence[Number | Dimensi
     wanted = _common(parts, [_predictions(part) for part in parts], PREDICTIONS, "prediction")
     target = _common(parts, [_targets(part) for part in parts], TARGETS, "target")
     _same_parameters(parts)
-    leading = tuple(part for part in parts if part.prediction == wanted) or parts
+    leading = tuple(part for part in parts if part.prediction == wanted)
     foreign = any(part.whole is not None for part in parts)
     return Loss(
         name="weighted_sum",
@@ -236,6 +235,14 @@ def weighted_sum(*, losses: Sequence[object], weights: Sequence[Number | Dimensi
 
 def _most_telling(parts: tuple[Loss, ...]) -> Kind:
     return min((part.kind for part in parts), key=KINDS.index)
+
+
+def _loss(thing: object) -> Loss:
+    if isinstance(thing, Loss) and thing.reduction != "none":
+        return thing
+    from fallline.losses.wrapped import as_loss  # which knows the catalogue, and so this file
+
+    return as_loss(thing)
 
 
 def _written(parts: tuple[Loss, ...], weights: tuple[Number, ...]) -> str:
@@ -260,23 +267,12 @@ def scaled(loss: Loss, factor: float | Dimension) -> Loss:
     >>> scaled(2.0 * mse(), 0.5)
     fl.losses.weighted_sum(losses=(fl.losses.mse(),), weights=(1.0,))
     """
-    losses, weights = _taken_apart(loss)
-    numbers = [weight for weight in weights if not isinstance(weight, Dimension)]
-    if isinstance(factor, Dimension):
-        return weighted_sum(losses=losses if weights == (1.0,) else (loss,), weights=(factor,))
-    if not math.isfinite(factor) or isinstance(factor, bool):
+    if not isinstance(factor, Dimension) and (isinstance(factor, bool) or not math.isfinite(factor)):
         raise InvalidHyperparameter(f"A loss was multiplied by {factor!r}, and a finite number is expected.")
-    if len(numbers) < len(weights):
+    losses, weights = _taken_apart(loss)
+    if any(isinstance(each, Dimension) for each in (*weights, factor)):  # which cannot be multiplied
         return weighted_sum(losses=(loss,), weights=(factor,))
-    return weighted_sum(losses=losses, weights=tuple(weight * factor for weight in numbers))
-
-
-def _loss(given: object) -> Loss:
-    if isinstance(given, Loss) and given.reduction != "none":
-        return given
-    from fallline.losses.wrapped import as_loss  # which knows the catalogue, and so this file
-
-    return as_loss(given)
+    return weighted_sum(losses=losses, weights=tuple(weight * factor for weight in weights))  # type: ignore[operator]
 
 
 def _taken_apart(loss: Loss) -> tuple[tuple[object, ...], tuple[Number | Dimension, ...]]:

@@ -36,7 +36,7 @@ def _terms(
     shape, tokens, classes = target.shape, target.numel(), weight.shape[0]
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
     given = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if given != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         given = torch.float32
         chosen = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(chosen), weight.to(chosen)

@@ -129,14 +129,14 @@ def _steps(yes: Tensor, dtype: torch.dtype) -> Tensor:
 
     After k pixels the loss is 1 − I/U, with I the true pixels that are left and U the true ones and the wrong others.
     A true pixel takes one from I: 1/U. Another adds one to U: I/(U − 1) − I/U = I/(U·(U − 1)). Spelt out like this no
-    difference of nearly equal numbers is lost in float32, where images have millions of pixels. Where nothing is true,
-    the first wrong pixel costs all.
+    difference of nearly equal numbers is lost in float32, where images have millions of pixels. From U = 0, where
+    nothing is true, to U = 1 the first wrong pixel costs all.
     """
     true = yes.sum(-1, keepdim=True)
     left, union = true - yes.cumsum(-1), true + (~yes).cumsum(-1)
     size = union.to(dtype)
     steps = torch.where(yes, 1 / size, left.to(dtype) / (size * (size - 1).clamp(min=1)))
-    return torch.where((true == 0) & (union == 1), 1.0, steps)
+    return torch.where(union == 1, 1.0, steps)
 
 
 def _choices(name: str, classes: str, ignore_index: int) -> dict[str, Any]:

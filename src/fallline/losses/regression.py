@@ -285,8 +285,7 @@ def quantile(*, quantiles: Number | Sequence[Number] = 0.5, reduction: str = "me
     the target's shape. The values then have the shape [N, Q, …], and the mean is over the quantiles too. Quantiles may
     cross: nothing keeps the prediction for 0.9 above that for 0.1.
 
-    The estimate for metrics is the prediction of the quantile nearest to 0.5 (of two as near, the first; while numbers
-    are tensors, the middle one).
+    The estimate for metrics is the prediction of the quantile nearest to 0.5; of two as near, the first.
 
     Args:
         quantiles: one number q above 0 and below 1, or a sequence of them.
@@ -308,9 +307,7 @@ def quantile(*, quantiles: Number | Sequence[Number] = 0.5, reduction: str = "me
     if not quantiles:
         raise InvalidHyperparameter("quantile was given quantiles=(), and expects at least one number.")
     numbers = {f"quantile{i + 1}": _level(each) for i, each in enumerate(quantiles)}
-    middle = len(quantiles) // 2
-    if not any(isinstance(each, Tensor) for each in quantiles):
-        middle = min(range(len(quantiles)), key=lambda i: abs(float(quantiles[i]) - 0.5))
+    middle = min(range(len(quantiles)), key=lambda i: abs(float(quantiles[i]) - 0.5))
     return Loss(
         name="quantile",
         kind="regression",

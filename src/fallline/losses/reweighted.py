@@ -316,7 +316,7 @@ CATALOGUE = (
     LossInfo(
         focal,
         labelled,
-        valid=({}, {"gamma": 0.5, "alpha": (0.5, 1.0, 2.0, 3.0)}, {"ignore_index": 2}),
+        valid=({}, {"gamma": 0.5, "alpha": (0.5, 1.0, 2.0, 3.0)}, {"ignore_index": -1}),
         invalid=(
             Invalid({"gamma": -0.5}, "gamma=-0.5"),
             Invalid({"alpha": 1.5}, "alpha=1.5"),
@@ -330,7 +330,7 @@ CATALOGUE = (
     LossInfo(
         poly,
         labelled,
-        valid=({}, {"epsilon": -0.5, "ignore_index": 2}),
+        valid=({}, {"epsilon": -0.5, "ignore_index": -1}),
         invalid=(Invalid({"epsilon": -1.5}, "epsilon=-1.5"), IGNORE_INVALID),
         sweeps={"epsilon": (-0.5, 2.0)},
         source="Z. Leng et al., PolyLoss: a polynomial expansion perspective of classification losses, ICLR 2022",
@@ -338,7 +338,7 @@ CATALOGUE = (
     LossInfo(
         generalized_cross_entropy,
         labelled,
-        valid=({}, {"q": 1.0}, {"q": 1e-6, "ignore_index": 2}),
+        valid=({}, {"q": 1.0}, {"q": 1e-6, "ignore_index": -1}),
         invalid=(Invalid({"q": 0.0}, "q=0.0"), Invalid({"q": 1.5}, "q=1.5"), IGNORE_INVALID),
         sweeps={"q": (0.3, 0.9)},
         source="Z. Zhang and M. R. Sabuncu, Generalized cross entropy loss for noisy labels, NeurIPS 2018",
@@ -346,7 +346,7 @@ CATALOGUE = (
     LossInfo(
         symmetric_cross_entropy,
         labelled,
-        valid=({}, {"alpha": 6.0, "beta": 0.1}, {"log_zero": -9.0, "ignore_index": 2}),
+        valid=({}, {"alpha": 6.0, "beta": 0.1}, {"log_zero": -9.0, "ignore_index": -1}),
         invalid=(
             Invalid({"alpha": -0.1}, "alpha=-0.1"),
             Invalid({"beta": -0.1}, "beta=-0.1"),

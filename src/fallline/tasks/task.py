@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,27 +178,38 @@ class Task:
             LossMismatch: if the loss cannot compare the predictions with the targets (all of them are looked
                 at).
         """
+        errors = [finding for finding in self.findings if finding.severity == "error"]
+        if errors:
+            raise LossMismatch(refusal(errors))
+        return self
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What can be said about the loss on these data, errors included; looked for once, as `check()` does.
+
+        Raises:
+            InvalidTask: if the model does not accept the inputs, or the loss or the metric is not one finite number.
+        """
+        return self._looked_at().findings
+
+    def _looked_at(self) -> _Facts:
         if self._facts is not None:
-            return self
+            return self._facts
         with torch.random.fork_rng(devices=[]):
             model = self.build_model(0)
             dtype = next(each.dtype for each in model.parameters() if each.requires_grad)
             same = self.validation is self.train
             train = self.train.to(dtype)
             validation = train if same else self.validation.to(dtype)
-            findings: dict[Finding, None] = {}
-            for role, data in (("train", train), ("validation", validation)):
-                findings.update(dict.fromkeys(self._check_data(model, data, role)))
+            findings = self._findings_on(model, train, "train")
+            said = {finding.code for finding in findings}
+            for finding in [] if same else self._findings_on(model, validation, "validation"):
+                if finding.code not in said:
+                    findings.append(replace(finding, seen=f"On the validation data: {finding.seen}"))
             parameters = sum(each.numel() for each in model.parameters() if each.requires_grad)
-        self._set(train=train, validation=validation, _facts=_Facts(dtype, parameters, repr(model), tuple(findings)))
-        return self
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """What is worth knowing about the loss on these data, short of an error. Calls `check()`."""
-        self.check()
-        assert self._facts is not None
-        return self._facts.findings
+        facts = _Facts(dtype, parameters, repr(model), tuple(findings))
+        self._set(train=train, validation=validation, _facts=facts)
+        return facts
 
     def warn(self, *, stacklevel: int = 2) -> None:
         """Warns of each finding that is very likely a mistake. Calls `check()`.
@@ -211,20 +222,23 @@ class Task:
                 words = f"{self.loss.name}: {finding.message} Fix: {finding.fix} [{finding.code}]"
                 warnings.warn(words, LossMisused, stacklevel=stacklevel + 1)
 
-    def _check_data(self, model: nn.Module, data: Data, role: str) -> list[Finding]:
+    def _findings_on(self, model: nn.Module, data: Data, role: str) -> list[Finding]:
         count = min(self.batch_size, len(data))
         rows = torch.linspace(0, len(data) - 1, count).long()  # spread over all: data are often sorted
         prediction = self._prediction(model, data.x[rows], role)
         target = data.y[rows]
+        found = []
         if isinstance(prediction, Tensor) and prediction.ndim and prediction.shape[0] == count:
             # One prediction seen by every target: all the labels are checked for the price of one batch.
             every = prediction[:1].detach().expand(len(data), *prediction.shape[1:])
-            about_targets = [each for each in losses.check(self.loss, every, data.y) if each.code in OF_THE_TARGET]
-            if errors := [each for each in about_targets if each.severity == "error"]:
-                raise LossMismatch(refusal(errors))
-        found = losses.require(self.loss, prediction, target, model if role == "train" else None)
-        for what, function in (("loss", self.loss), (f"metric {self.metric.name!r}", self.metric)):
-            self._require_number(what, function, prediction, target, role)
+            about = losses.check(self.loss, every, data.y)
+            found = [each for each in about if each.code in OF_THE_TARGET and each.severity == "error"]
+        codes = {each.code for each in found}
+        of_batch = losses.check(self.loss, prediction, target, model if role == "train" else None)
+        found += [each for each in of_batch if each.code not in codes]
+        if not any(each.severity == "error" for each in found):
+            for what, function in (("loss", self.loss), (f"metric {self.metric.name!r}", self.metric)):
+                self._require_number(what, function, prediction, target, role)
         return found
 
     def _prediction(self, model: nn.Module, x: Tensor, role: str) -> Any:
@@ -279,9 +293,7 @@ class Task:
 
     def describe(self) -> dict[str, object]:
         """The facts of the task in words and numbers that fit into JSON. Calls `check()`."""
-        self.check()
-        facts = self._facts
-        assert facts is not None
+        facts = self.check()._looked_at()
         return {
             "name": self.name,
             "source": self.source,

@@ -80,6 +80,7 @@ def _findings(case: Given) -> Iterator[Finding]:
     outcome = computed(case)
     results = list(computed_findings(case, outcome))
     said = {found.code for found in values}
+    said |= {"zero-gradient"} if "collapsed" in said else set()
     yield from (found for found in results if found.code not in said)
     if any(found.severity == "error" for found in results):
         return

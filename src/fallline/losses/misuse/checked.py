@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fallline.errors import LossMismatch, LossMisused
 from fallline.losses.base import Loss
 from fallline.losses.misuse.check import check, refusal
-from fallline.losses.misuse.finding import Finding
 from fallline.losses.misuse.given import tensors
 from fallline.losses.wrapped import understood
 
@@ -30,17 +29,17 @@ L = TypeVar("L")
 class Watch:
     """How many batches are still to be checked, and what was warned of."""
 
-    def __init__(self, thing: Any, batches: int) -> None:
-        self.thing, self.left = thing, batches
+    def __init__(self, batches: int) -> None:
+        self.left = batches
         self.warned: set[str] = set()
 
-    def look(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def look(self, thing: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Checks one batch.
 
         Raises:
             LossMismatch: for findings of severity "error".
         """
-        loss, prediction, target = _sorted(self.thing, arguments, keywords)
+        loss, prediction, target = _sorted(thing, arguments, keywords)
         found = check(loss, prediction, target)
         errors = [each for each in found if each.severity == "error"]
         if errors:
@@ -49,12 +48,9 @@ class Watch:
         for each in found:
             if each.severity == "warning" and each.code not in self.warned:
                 self.warned.add(each.code)
-                self._warn(each)
-
-    def _warn(self, finding: Finding) -> None:
-        # look, the wrapper's call, and for a module torch's two calls lie between here and the training loop.
-        depth = 6 if isinstance(self.thing, nn.Module) else 4
-        warnings.warn(f"{finding.message} Mend it with: {finding.fix}", LossMisused, stacklevel=depth)
+                # The wrapper's call, and for a module torch's two calls, lie between here and the training loop.
+                depth = 5 if isinstance(thing, nn.Module) else 3
+                warnings.warn(f"{each.message} Mend it with: {each.fix}", LossMisused, stacklevel=depth)
 
 
 def _sorted(thing: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -115,8 +111,8 @@ def checked(loss: L, batches: int = 3) -> L:
 
     It is called as before, and gives the same value and the same gradients. Errors raise `LossMismatch`, each warning
     is given once with `LossMisused`, notes are kept to themselves. A loss that is a module stays one of its class: the
-    same attributes, parameters, buffers and `state_dict` (they are shared with the original), and after the last check
-    it is an ordinary object of that class, which costs nothing. A function is called through one attribute more.
+    same attributes, parameters, buffers and `state_dict` (they are shared with the original); after the last check
+    nothing is left of it. A function is called through one attribute more.
 
     Inside `torch.compile`, `torch.vmap` and `torch.func.grad` there are no values to look at: such calls are passed on,
     and do not count.
@@ -147,46 +143,40 @@ def checked(loss: L, batches: int = 3) -> L:
 
 
 def _module(module: nn.Module, batches: int) -> nn.Module:
-    """A copy that shares the module's parameters, buffers and hooks, of a class that checks in `forward`."""
-    plain = type(module)
+    """A copy that shares the module's parameters, buffers and hooks, and has a `forward` of its own for a while."""
     twin = copy.copy(module)
-    looked_at = plain.__new__(plain)
-    object.__setattr__(looked_at, "__dict__", twin.__dict__)  # what is set on the twin later on is seen
-    watch = Watch(looked_at, batches)
-
-    class Checked(plain):  # type: ignore[misc, valid-type]
-        def forward(self, *arguments: Any, **keywords: Any) -> Any:
-            if _hidden((*arguments, *keywords.values())):
-                return plain.forward(self, *arguments, **keywords)
-            watch.look(arguments, keywords)
-            if watch.left <= 0:
-                object.__setattr__(self, "__class__", plain)
-            return plain.forward(self, *arguments, **keywords)
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            copied = copy.copy(self)
-            object.__setattr__(copied, "__class__", plain)
-            return checked, (copied, watch.left)
-
-        def __copy__(self) -> nn.Module:
-            other = plain.__new__(plain)
-            other.__dict__.update(self.__dict__)
-            return other
-
-    Checked.__name__, Checked.__qualname__, Checked.__module__ = plain.__name__, plain.__qualname__, plain.__module__
-    twin.__class__ = Checked
+    twin.__dict__["forward"] = CheckedForward(twin, batches)
     return twin
+
+
+class CheckedForward:
+    """Stands in front of a module's `forward`, until it has checked as many batches as it should."""
+
+    def __init__(self, module: nn.Module, batches: int) -> None:
+        self.module, self.watch = module, Watch(batches)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        module = self.module
+        plain = type(module)
+        if not _hidden((*arguments, *keywords.values())):
+            bare = plain.__new__(plain)
+            bare.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
+            self.watch.look(bare, arguments, keywords)
+            if self.watch.left <= 0 and module.__dict__.get("forward") is self:
+                del module.__dict__["forward"]
+        return plain.forward(module, *arguments, **keywords)
 
 
 class CheckedLoss(Loss):
     """One of fallline's losses that checks its first batches; then it is a `Loss`."""
 
     watch: Watch
+    plain: Loss
 
     def __call__(self, prediction: Any, target: Any = None, *more: Tensor, numbers: Any = None) -> Tensor:
         values = numbers.values() if numbers is not None else ()
         if numbers is None and not _hidden((prediction, target, *more, *values)):
-            self.watch.look((prediction, target, *more), {})
+            self.watch.look(self.plain, (prediction, target, *more), {})
             if self.watch.left <= 0:
                 object.__setattr__(self, "__class__", Loss)
         return Loss.__call__(self, prediction, target, *more, numbers=numbers)
@@ -194,7 +184,7 @@ class CheckedLoss(Loss):
 
 def _loss(loss: Loss, batches: int) -> Loss:
     made = object.__new__(CheckedLoss)
-    made.__dict__.update(loss.__dict__, watch=Watch(loss, batches))
+    made.__dict__.update(loss.__dict__, watch=Watch(batches), plain=loss)
     return made
 
 
@@ -207,15 +197,20 @@ class CheckedFunction(partial):  # type: ignore[type-arg]
     def __new__(cls, function: Callable[..., Any], batches: int) -> CheckedFunction:
         made = super().__new__(cls, function)
         functools.update_wrapper(made, function, updated=())
-        made.watch = Watch(function, batches)
+        made.watch = Watch(batches)
         return made
 
     def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
         if self.watch is not None and not _hidden((*arguments, *keywords.values())):
-            self.watch.look(arguments, keywords)
+            self.watch.look(self.bare, arguments, keywords)
             if self.watch.left <= 0:
                 self.watch = None
         return super().__call__(*arguments, **keywords)
+
+    @property
+    def bare(self) -> Callable[..., Any]:
+        """The function without its checks."""
+        return partial(self.func, **self.keywords) if self.keywords else self.func
 
     def __getattr__(self, name: str) -> Any:
         if name == "watch":
@@ -223,5 +218,4 @@ class CheckedFunction(partial):  # type: ignore[type-arg]
         return getattr(self.func, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        bare = partial(self.func, **self.keywords) if self.keywords else self.func
-        return checked, (bare, self.watch.left if self.watch is not None else 0)
+        return checked, (self.bare, self.watch.left if self.watch is not None else 0)

@@ -93,7 +93,7 @@ def computed_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
         )
         return
     if all(not bool(gradient.any()) for gradient in gradients):
-        yield from _no_gradient(given, value)
+        yield from _no_gradient(given, outcome, value)
     yield from _saturated(given)
 
 
@@ -136,11 +136,13 @@ def _not_finite(given: Given, value: float) -> Iterator[Finding]:
     )
 
 
-def _no_gradient(given: Given, value: float) -> Iterator[Finding]:
+def _no_gradient(given: Given, outcome: Computed, value: float) -> Iterator[Finding]:
     pair = given.pair
     if abs(value) < 1e-6:
         return  # nothing left to learn from this batch: margins that are kept, labels that are ignored
     if pair is not None and pair[0].shape == pair[1].shape and torch.equal(pair[0].float(), pair[1].float()):
+        return
+    if _at_the_bottom(given, outcome, value):
         return
     yield warning(
         "zero-gradient",
@@ -148,6 +150,22 @@ def _no_gradient(given: Given, value: float) -> Iterator[Finding]:
         "No parameter can move: the predictions are clamped, rounded or at the flat end of a sigmoid.",
         "prediction = logits  # without clamp, round or a saturated sigmoid",
     )
+
+
+def _at_the_bottom(given: Given, outcome: Computed, value: float) -> bool:
+    """Whether the loss rises wherever the prediction goes: soft labels that are met exactly leave nothing to learn."""
+    if not isinstance(given.prediction, Tensor) or not outcome.whole:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for size in (0.1, 0.1, -0.1):
+            noise = torch.randn(given.prediction.shape, generator=generator, dtype=torch.float32)
+            moved = given.prediction + size * noise.to(given.prediction)
+            if not float(outcome.again(moved)) > value:
+                return False
+    except Exception:
+        return False
+    return True
 
 
 def callable_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
@@ -174,7 +192,7 @@ def callable_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
                     "return torch.nn.functional.cross_entropy(prediction, target)  # a loss that depends on both",
                 )
                 return
-        if target.ndim and len(target) == len(prediction) and prediction.numel() <= 1 << 20:
+        if target.ndim and not outcome.shape and len(target) == len(prediction) and prediction.numel() <= 1 << 20:
             half = len(prediction) // 2
             parts = [(prediction[:half], target[:half]), (prediction[half:], target[half:])]
             halves = [float(outcome.against(*part)) for part in parts]
@@ -216,7 +234,7 @@ def _saturated(given: Given) -> Iterator[Finding]:
     ends = (prediction - least < 1e-6 * span) | (most - prediction < 1e-6 * span)
     wrong = ends & ((prediction - target).abs() > 0.99 * span)
     count = int(wrong.sum())
-    if low == high or not (high - low > 0.99 * span or float(ends.double().mean()) > 0.5):
+    if low == high == 0 or not (high - low > 0.99 * span or float(ends.double().mean()) > 0.5):
         return  # a layer that starts at 0, or a ReLU
     if count and count >= 0.01 * prediction.numel():
         yield warning(
@@ -272,10 +290,11 @@ def model_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
         return
     try:
         with torch.inference_mode(False), torch.enable_grad():
+            # As grad_outputs, the gradients would make torch import a second's worth of modules.
+            products = [(part * gradient.to(part.dtype)).sum() for part, gradient in pairs]
             found = torch.autograd.grad(
-                [part for part, _ in pairs],
+                sum(products[1:], products[0]),
                 [parameter for _, parameter in trained],
-                [gradient.to(part.dtype) for part, gradient in pairs],
                 retain_graph=True,
                 allow_unused=True,
             )

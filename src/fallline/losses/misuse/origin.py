@@ -35,9 +35,7 @@ def origin(prediction: Any) -> Origin:
         return "unknown"
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            found = torch.autograd.grad(
-                prediction, [*biases, *weights], torch.ones_like(prediction), retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(prediction.sum(), [*biases, *weights], retain_graph=True, allow_unused=True)
     except RuntimeError:  # the graph was freed
         return "unknown"
     values = prediction.detach().double()

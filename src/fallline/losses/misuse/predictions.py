@@ -252,7 +252,7 @@ def _log_probabilities(given: Given, prediction: Tensor) -> Iterator[Finding]:
             )
             return
     totals = thinned(prediction).float().logsumexp(axis)
-    if bool((totals.abs() > 0.05).all()) and not bool((prediction == -math.inf).any()):
+    if float((totals.abs() > 0.05).float().mean()) > 0.8 and not bool((prediction == -math.inf).any()):
         yield warning(
             "not-log-probabilities",
             f"{head}: the exponentials of each row sum to {float(totals.exp().min()):.3g} up to "

@@ -180,7 +180,7 @@ def _incomparable(given: Given, prediction: Tensor, target: Tensor) -> Iterator[
             "shape",
             f"{both}, and expects equal shapes.",
             "Both hold as many elements.",
-            "target = target.reshape(prediction.shape)  # if their order is the same",
+            _reshape(prediction, target),
         )
     elif prediction.ndim and target.ndim and prediction.shape[0] != target.shape[0]:
         yield _sizes(given, prediction, target)
@@ -334,7 +334,7 @@ def _misplaced(given: Given, prediction: Tensor, target: Tensor, expected: list[
         )
     elif list(target.shape) == [expected[0], 1, *expected[1:]]:
         yield error("shape", f"{words}.", "Take dimension 1 of the target away.", f"target = target.squeeze(1){long}")
-    elif prediction.ndim == 2 and target.ndim == 1 and prediction.shape[1] == len(target) != prediction.shape[0]:
+    elif prediction.ndim == 2 and target.ndim == 1 and prediction.shape[1] == len(target) > prediction.shape[0]:
         yield error(
             "axis", f"{words}.", "Samples belong into dimension 0, classes into 1.", "prediction = prediction.T"
         )

@@ -414,7 +414,9 @@ def _scale(given: Given, target: Tensor) -> Iterator[Finding]:
     goal = float(thinned(target).double().square().mean().sqrt())
     made = float(thinned(prediction).double().square().mean().sqrt())
     fix = "target = (target - target.mean(0)) / target.std(0)  # and undo it for predictions"
-    if math.isfinite(goal) and goal > 10 * max(made, 1.0):
+    if not (math.isfinite(goal) and math.isfinite(made)):
+        return
+    if goal > 10 * max(made, 1.0):
         yield (warning if goal > 100 * max(made, 1.0) else note)(
             "scale",
             f"{given.name} was given targets of size {goal:.3g} (root mean square) and predictions of size {made:.3g}.",
