@@ -248,7 +248,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def item_name(name: str, index: int) -> str:
     """The name of one of several: `beta1` of `betas`, `loss1` of `losses`, but `eps1` of `eps`."""
-    return f"{SINGULARS.get(name, name.removesuffix('s'))}{index + 1}"
+    path, dot, last = name.rpartition(".")
+    return f"{path}{dot}{SINGULARS.get(last, last.removesuffix('s'))}{index + 1}"
 
 
 def code(value: Any, prefix: str = "") -> str:
@@ -266,6 +267,8 @@ def code(value: Any, prefix: str = "") -> str:
         return f"{{{', '.join(f'{name!r}: {code(item, prefix)}' for name, item in value.items())}}}"
     if inspect.isfunction(value) or inspect.isclass(value):
         return _name_of(value, prefix)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     if not isinstance(call, Call):
         if hasattr(value, "call"):  # made without a described function
             return f"<{type(value).__name__.lower()} {getattr(value, 'name', None) or getattr(value, 'kind', '')}>"

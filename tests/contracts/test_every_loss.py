@@ -138,9 +138,9 @@ def test_compiles_into_one_graph(info, arguments):
     torch.compiler.reset()
     loss = made(info, arguments)
     prediction, target = drawn(info)
-    value, found = gradients(loss, prediction, target)
     compiled = torch.compile(lambda p, t: loss(p, t), fullgraph=True, backend="aot_eager")
-    ours, slopes = gradients(compiled, prediction, target)
+    ours, slopes = gradients(compiled, prediction, target)  # before it was ever called otherwise
+    value, found = gradients(loss, prediction, target)
     torch.testing.assert_close(ours, value, **CLOSE)
     for a, b in zip(slopes, found, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)

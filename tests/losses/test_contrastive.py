@@ -382,3 +382,9 @@ def test_a_learned_temperature_has_a_gradient(within_views: bool) -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 3])
     value = supervised_contrastive()(prediction[:, 0], labels, numbers={"temperature": learned})
     assert torch.autograd.grad(value, learned)[0].abs() > 1e-3
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    assert dict(info_nce().numbers) == {"temperature": 0.1}
+    assert dict(supervised_contrastive().numbers) == {"temperature": 0.1}
+    assert dict(siglip().numbers) == {"logit_scale": 10.0, "logit_bias": -10.0}

@@ -172,7 +172,7 @@ def double_sum(members, target, fair):
 
 @CHEAP
 @given(
-    shape=st.sampled_from([(5, 2), (5, 7), (3, 4, 2), (2, 3, 2, 2), (3, 50)]),
+    shape=st.sampled_from([(40, 2), (5, 7), (9, 4, 2), (9, 3, 2, 2), (3, 50)]),
     fair=st.booleans(),
     seed=st.integers(0, 999),
 )

@@ -63,7 +63,13 @@ def test_gaussian_nll_takes_one_number_as_variance():
     mean, target = drawn(0, 5), drawn(1, 5)
     expected = functional.gaussian_nll_loss(mean, target, 0.7)
     torch.testing.assert_close(gaussian_nll()(mean, target, 0.7), expected, **CLOSE)
-    torch.testing.assert_close(gaussian_nll()((mean, torch.tensor(0.7, dtype=F64)), target), expected, **CLOSE)
+    one = torch.tensor(0.7, dtype=F64)
+    torch.testing.assert_close(gaussian_nll()((mean, one), target), expected, **CLOSE)
+    table = gaussian_nll()((mean.reshape(5, 1), one), target.reshape(5, 1))
+    torch.testing.assert_close(table, expected, **CLOSE)
+    parts, goal = gaussian_nll().arrange(mean, target, one)
+    assert parts[0] is mean
+    assert goal is target
 
 
 def test_a_variance_below_eps_counts_as_eps_and_can_grow_again():
@@ -140,6 +146,7 @@ def test_a_prediction_without_a_variance_is_refused():
 
 def test_torchs_expression_is_given_only_where_torch_has_the_loss():
     assert gaussian_nll().torch_name == "GaussianNLLLoss"
+    assert gaussian_nll(log_variance=True).torch_name == ""
     assert gaussian_nll(log_variance=True).code() == "fl.losses.gaussian_nll(log_variance=True)"
 
 

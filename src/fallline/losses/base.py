@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal, ParamSpec, TypeAlias
+from typing import Any, ClassVar, Literal, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fallline.description import Call, described, leaves, plain, remembers_its_call, search_dimensions, substitute
+from fallline.description import Call, code, described, leaves, plain, remembers_its_call, search_dimensions, substitute
 from fallline.dimensions import Dimension
 from fallline.errors import InvalidHyperparameter, LossMismatch
 
@@ -35,7 +35,7 @@ class Prediction(StrEnum):
     """What the numbers of a prediction are."""
 
     LOGITS = "logits"  # one for each class, in dimension 1
-    LOG_PROBABILITIES = "log-probabilities"  # of each class, in dimension 1
+    LOG_PROBABILITIES = "log-probabilities"  # of each class, in dimension 1; of sequences, in the last one
     CLASS_SCORES = "class scores"  # one for each class, in dimension 1; the highest wins
     YES_LOGITS = "logits of yes"  # one for each element of the target
     PROBABILITIES = "probabilities of yes"  # one for each element of the target
@@ -140,6 +140,13 @@ class Loss:
     kin: str = ""
     call: Call | None = None
 
+    _is_template: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        # Not a cached property: its lock cannot be compiled.
+        if self.call is not None and any(True for _ in search_dimensions(self.call)):
+            object.__setattr__(self, "_is_template", True)
+
     def __call__(
         self, prediction: Parts, target: Parts = None, *more: Tensor, numbers: Numbers | None = None
     ) -> Tensor:
@@ -150,6 +157,7 @@ class Loss:
             more: for the losses that have more than two arguments in torch, all of them in torch's order.
             numbers: replaces some of `self.numbers` (the vectorised engine passes one value per trial).
         """
+        self._refuse_template()
         if self.whole is not None and numbers is None:
             return self.whole(prediction, target, *more)
         values, weights = self._terms(prediction, target, *more, numbers=numbers)
@@ -158,7 +166,7 @@ class Loss:
         if self.reduction == "sum":
             return values.sum()
         if self.reduction == "batchmean":
-            return values.sum() / values.shape[0]
+            return values.sum() / (values.shape[0] if values.ndim else 1)
         if weights is None:
             return values.mean()
         total = weights.sum()
@@ -215,7 +223,11 @@ class Loss:
         if self.call is None or self.whole is not None:
             return id(self)
         fixed = [(name, _fixed(value)) for name, value in leaves(self.call) if name not in self.numbers]
-        return f"{self.call.function.__module__}.{self.call.name}", tuple(fixed)
+        held = [
+            each for value in self.call.arguments.values() for each in (value if isinstance(value, tuple) else (value,))
+        ]
+        inside = tuple(each.structure for each in held if isinstance(each, Loss))
+        return f"{self.call.function.__module__}.{self.call.name}", tuple(fixed), inside
 
     def __add__(self, other: object) -> Loss:
         """The sum of two losses of the same prediction and target: `cross_entropy() + 0.5 * dice()`."""
@@ -239,11 +251,7 @@ class Loss:
     def _terms(
         self, prediction: Parts, target: Parts, *more: Tensor, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor | None]:
-        if self._is_template:
-            names = ", ".join(self.dimensions)
-            raise InvalidHyperparameter(
-                f"{self!r} leaves {names} to be searched: give numbers, or pass the loss to fl.sweep."
-            )
+        self._refuse_template()
         if more:
             if self.arrange is None:
                 raise LossMismatch(
@@ -257,9 +265,12 @@ class Loss:
             read = {n: v.to(first.device, dtype) if isinstance(v, Tensor) else v for n, v in read.items()}
         return self.terms(prediction, target, read)
 
-    @cached_property
-    def _is_template(self) -> bool:
-        return self.call is not None and any(True for _ in search_dimensions(self.call))
+    def _refuse_template(self) -> None:
+        if self._is_template:
+            names = ", ".join(self.dimensions)
+            raise InvalidHyperparameter(
+                f"{self!r} leaves {names} to be searched: give numbers, or pass the loss to fl.sweep."
+            )
 
 
 def _fixed(value: object) -> Hashable:
@@ -314,10 +325,10 @@ def spelled(constructor: str, arguments: Mapping[str, object], defaults: Mapping
         if isinstance(value, Tensor):
             dtype = "" if value.dtype == torch.get_default_dtype() else f", dtype={value.dtype}"
             shown.append(f"{name}=torch.tensor({value.tolist()}{dtype})")
-        elif isinstance(value, tuple) or (name.endswith("weight") and isinstance(value, float)):
+        elif isinstance(value, tuple) or (name.endswith("weight") and isinstance(value, int | float)):
             shown.append(f"{name}=torch.tensor({_listed(value)})")
         elif name not in defaults or value != defaults[name]:
-            shown.append(f"{name}={value!r}")
+            shown.append(f"{name}={code(value)}")
     return f"{constructor}({', '.join(shown)})"
 
 

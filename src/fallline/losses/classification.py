@@ -74,23 +74,27 @@ def per_class(loss: str, prediction: Tensor, weight: tuple[float, ...], dimensio
     return prediction.new_tensor(weight)
 
 
-def class_weights(loss: str, weight: object, name: str = "weight", each: str = "class") -> tuple[float, ...] | None:
-    """One weight for each class, or each of something else, all of them finite numbers ≥ 0.
+def class_weights(
+    loss: str, weight: object, name: str = "weight", each: str = "class", *, low: float = -math.inf
+) -> tuple[float, ...] | None:
+    """One weight for each class, or each of something else, all of them finite numbers ≥ `low`.
+
+    torch takes weights below 0, and so do its losses here; the misuse checks complain of them.
 
     Raises:
         InvalidHyperparameter: for anything else.
     """
     if weight is None:
         return None
-    if not isinstance(weight, tuple) or not weight or not all(map(_is_weight, weight)):
-        raise InvalidHyperparameter(
-            f"{loss} was given {name}={weight!r}, and expects one finite number ≥ 0 per {each}."
-        )
+    if not isinstance(weight, tuple) or not weight or not all(_is_weight(value, low) for value in weight):
+        domain = "finite number" if low == -math.inf else f"finite number ≥ {low:g}"
+        raise InvalidHyperparameter(f"{loss} was given {name}={weight!r}, and expects one {domain} per {each}.")
     return tuple(map(float, weight))
 
 
-def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+def _is_weight(value: object, low: float) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and low <= value and -math.inf < value < math.inf  # type: ignore[operator]
 
 
 def label_to_ignore(loss: str, ignore_index: object) -> int:
@@ -277,7 +281,7 @@ def cross_entropy(
     logit −∞ infinite here and there; its gradient is finite.
 
     Args:
-        weight: one finite number ≥ 0 for each class, shape [C].
+        weight: one finite number for each class, shape [C]; usually ≥ 0.
         ignore_index: the label of those samples that count for nothing. Class probabilities cannot be ignored.
         label_smoothing: ε from 0 to 1; a number or a 0-dimensional tensor.
         weighting: "classes" or "samples", what the weights weigh.
@@ -334,7 +338,7 @@ def nll(
     log-probability −∞ with weight 0.
 
     Args:
-        weight: one finite number ≥ 0 for each class, shape [C].
+        weight: one finite number for each class, shape [C]; usually ≥ 0.
         ignore_index: the label of those samples that count for nothing.
         reduction: "mean", "sum" or "none".
 
@@ -377,7 +381,7 @@ def multi_margin(
     Args:
         p: 1, or 2 for squares.
         margin: m in the unit of the scores; a number or a 0-dimensional tensor.
-        weight: one finite number ≥ 0 for each class, shape [C].
+        weight: one finite number for each class, shape [C]; usually ≥ 0.
         reduction: "mean", "sum" or "none".
 
     Raises:
@@ -421,7 +425,7 @@ def _log_probabilities(generator: Generator) -> tuple[Tensor, Tensor]:
 
 
 IGNORE_INVALID = Invalid({"ignore_index": 1.0}, "ignore_index=1.0")
-_WEIGHTS_INVALID = (Invalid({"weight": [-1.0, 1.0]}, "weight"), Invalid({"weight": [[1.0, 1.0]]}, "weight"))
+_WEIGHTS_INVALID = (Invalid({"weight": [float("inf"), 1.0]}, "weight"), Invalid({"weight": [[1.0, 1.0]]}, "weight"))
 _WEIGHTS = (0.5, 1.0, 2.0, 3.0)
 
 CATALOGUE = (

@@ -28,8 +28,7 @@ def _divergence(prediction: Tensor, target: Tensor, numbers: Numbers, *, log_tar
     nothing = target == (-math.inf if log_target else 0)
     known = torch.where(nothing, 0 if log_target else 1, target)
     logarithm, weight = (known, known.exp()) if log_target else (known.log(), known)
-    difference = logarithm - torch.where(nothing, 0, prediction)
-    return torch.where(nothing, 0, weight * difference), None
+    return torch.where(nothing, 0, weight * (logarithm - prediction)), None
 
 
 def _gaussian_crps(prediction: Parts, target: Tensor, numbers: Numbers, *, log_scale: bool) -> tuple[Tensor, None]:

@@ -1,7 +1,7 @@
 """Losses for yes or no by margins: what counts is how far on its right side a score lies.
 
 Neighbours: `binary` for cross-entropies of yes or no, `classification` for the margin between classes
-(`multi_margin`), `similarity` for margins between distances.
+(`multi_margin`), `embeddings` for margins between distances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from fallline.errors import InvalidHyperparameter, LossMismatch
 from fallline.losses.arguments import number, reduced, same_shape
 from fallline.losses.base import Loss, Number, Numbers, Prediction, Target, loss_maker
-from fallline.losses.binary import not_negative, of_logits, per_element
+from fallline.losses.binary import finite, of_logits, per_element
 from fallline.losses.info import Invalid, LossInfo
 
 
@@ -214,7 +214,7 @@ def multilabel_soft_margin(*, weight: Tensor | Sequence[float] | None = None, re
     the reduction "sum", which adds up the classes' means.
 
     Args:
-        weight: one factor w_c ≥ 0 for each class, shape [C].
+        weight: one factor w_c for each class, shape [C].
         reduction: "mean" over the samples, "sum" or "none".
 
     Raises:
@@ -228,11 +228,11 @@ def multilabel_soft_margin(*, weight: Tensor | Sequence[float] | None = None, re
     """
     name = "multilabel_soft_margin"
     if weight is not None and not isinstance(weight, tuple | Tensor):
-        raise InvalidHyperparameter(f"{name} was given weight={weight!r}, and expects one number ≥ 0 for each class.")
+        raise InvalidHyperparameter(f"{name} was given weight={weight!r}, and expects one number for each class.")
     return Loss(
         name=name,
         kind="binary",
-        terms=partial(_multilabel_soft_margin, weight=not_negative(name, "weight", weight)),
+        terms=partial(_multilabel_soft_margin, weight=finite(name, "weight", weight)),
         prediction=Prediction.YES_LOGITS,
         target=Target.YES_NO,
         shapes=("[N, …, C]", "[N, …, C]"),
@@ -299,7 +299,7 @@ CATALOGUE = (
         _several_labels,
         valid=({}, {"weight": (0.5, 1.0, 2.0, 3.0)}),
         invalid=(
-            Invalid({"weight": (1.0, -1.0, 1.0, 1.0)}, "weight"),
+            Invalid({"weight": (1.0, float("inf"), 1.0, 1.0)}, "weight"),
             Invalid({"weight": 2.0}, "weight=2.0"),
         ),
         source="D. R. Cox, The regression analysis of binary sequences, J. R. Statist. Soc. B 20 (1958)",

@@ -156,7 +156,7 @@ def focal(
     numbers = {"gamma": number("focal", "gamma", gamma, low=0)}
     several: tuple[float, ...] | None = None
     if isinstance(alpha, tuple):
-        several = class_weights("focal", alpha, "alpha")
+        several = class_weights("focal", alpha, "alpha", low=0)
     elif alpha is not None:
         numbers["alpha"] = number("focal", "alpha", alpha, low=0, high=1)  # type: ignore[arg-type]
     return Loss(

@@ -160,7 +160,7 @@ class Given:
 
 def given(loss: object, prediction: Any, target: Any, model: nn.Module | None) -> Given:
     """Gathers what the rules look at; numpy arrays become tensors, graphs are left behind."""
-    made = understood(loss)
+    made = _as_its_base(understood(loss), loss)
     dimensions = {id(dimension): dimension.examples[0] for dimension in made.dimensions.values()}
     if dimensions:
         made = made.chosen(dimensions)
@@ -172,6 +172,18 @@ def given(loss: object, prediction: Any, target: Any, model: nn.Module | None) -
         graph, goal = _arranged(made, graph, goal)
         made = replace(made, whole=None)  # called in torch's order, which a prediction and a target are not
     return Given(made, _bare(graph), _bare(goal), model, graph, tuple(tensors(goal)), settings)
+
+
+def _as_its_base(made: Loss, thing: object) -> Loss:
+    """A subclass of one of torch's losses that computes what its base does is described as the base is."""
+    if not isinstance(thing, nn.Module) or made.prediction != Prediction.ANYTHING:
+        return made
+    for base in type(thing).__mro__[1:]:
+        if base.__module__.startswith("torch.nn.modules") and vars(base).get("forward") is type(thing).forward:
+            twin: nn.Module = object.__new__(base)
+            twin.__dict__.update(thing.__dict__)
+            return replace(understood(twin), name=made.name, whole=made.whole, call=made.call)
+    return made
 
 
 def _arranged(loss: Loss, prediction: Parts, target: Parts) -> tuple[Parts, Parts]:
@@ -189,11 +201,16 @@ def _arranged(loss: Loss, prediction: Parts, target: Parts) -> tuple[Parts, Part
             parts, goal = loss.arrange(*order)
         except (TypeError, ValueError, RuntimeError, IndexError):
             continue
-        if len(parts) == len(prediction) and all(
-            one is other for one, other in zip(parts[1:], prediction[1:], strict=True)
-        ):
+        if len(parts) == len(prediction) and all(map(_same, parts[1:], prediction[1:])):
             return parts, goal
     return prediction, target
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether `arrange` has left a part where it was; a number may have become a tensor."""
+    if isinstance(other, Tensor):
+        return one is other
+    return isinstance(one, Tensor) and one.numel() == 1 and float(one) == other
 
 
 def _settings(loss: Loss) -> Mapping[str, Any]:
@@ -275,7 +292,7 @@ def kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def thinned(tensor: Tensor, most: int = 1 << 18) -> Tensor:
+def thinned(tensor: Tensor, most: int = 1 << 20) -> Tensor:
     """Evenly spaced samples of a large tensor, at most about so many elements; a small one as it is.
 
     >>> thinned(torch.zeros(1000, 2), most=100).shape

@@ -84,7 +84,7 @@ def computed_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
                 "return (prediction - target).square().mean()  # only differentiable steps, from the prediction on",
             )
         return
-    if any(not bool(torch.isfinite(gradient).all()) for gradient in gradients):
+    if not all(_finite(gradient) for gradient in gradients):
         yield (warning if gradients[0].dtype in _LOW_PRECISION else error)(
             "not-finite",
             f"{given.name} gave {value:.4g}, and a gradient that is NaN or infinite.",
@@ -95,6 +95,12 @@ def computed_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
     if all(not bool(gradient.any()) for gradient in gradients):
         yield from _no_gradient(given, outcome, value)
     yield from _saturated(given)
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        return bool(torch.isfinite(tensor).all())
+    return all(map(math.isfinite, extremes(tensor)))
 
 
 def _failed(given: Given, failure: Exception) -> Finding:
@@ -286,7 +292,7 @@ def model_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
     ]
     if not pairs or not any(bool(gradient.any()) for _, gradient in pairs):
         return
-    if not all(bool(torch.isfinite(gradient).all()) for _, gradient in pairs):
+    if not all(_finite(gradient) for _, gradient in pairs):
         return
     try:
         with torch.inference_mode(False), torch.enable_grad():

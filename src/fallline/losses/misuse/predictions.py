@@ -118,7 +118,7 @@ def _logits(given: Given, prediction: Tensor) -> Iterator[Finding]:
 
 
 def _softmaxed(given: Given, rows: Sums, what: str, fix: str) -> Iterator[Finding]:
-    seen = f"{given.name} was given a prediction whose {rows.rows} rows each {rows.seen}: {what}."
+    seen = f"{given.name} was given a prediction whose {rows.rows} row{'s each' * (rows.rows > 1)} {rows.seen}: {what}."
     why = "It expects logits and takes the softmax itself; taken twice, the loss cannot come near 0 and learns slowly."
     if rows.certain:
         seen = f"{given.name} was given a prediction of {rows.rows} rows that are 0 except for a single 1."

@@ -91,7 +91,7 @@ def ordinal(*, importance_weights: Tensor | Sequence[float] | None = None, reduc
     >>> loss.estimate(torch.tensor([[0.5, -0.5], [20.0, 10.0]]))
     tensor([1., 2.])
     """
-    weights = class_weights("ordinal", importance_weights, "importance_weights", "threshold")
+    weights = class_weights("ordinal", importance_weights, "importance_weights", "threshold", low=0)
     return Loss(
         name="ordinal",
         kind="regression",

@@ -11,7 +11,7 @@ from torch.func import vmap
 from torch.nn import functional
 
 from fallline.errors import LossMismatch
-from fallline.losses.ordinal import ordinal
+from fallline.losses.ranks import ordinal
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 WEIGHTS = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
