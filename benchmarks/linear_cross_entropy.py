@@ -4,9 +4,9 @@
 
 Shapes are tokens × hidden size × classes. Each contender computes the mean loss and the gradients of hidden states and
 classifier. The repeats are interleaved, so that a slow minute of the machine hits all alike; a ratio is the median of
-the ratios to the naive path within each repeat. The peak of memory is what one forward and backward pass adds to it, in
-a fresh process each on a CPU (growth of the resident set), and by the allocator's count on a GPU; inputs are not in it,
-gradients are. The error is that of the classifier's gradient in float64, as a ratio to the naive path's.
+the ratios to the naive path within each repeat. The peak of memory is what one forward and backward pass adds to it:
+on a CPU by the growth of the resident set of a fresh process each (on Linux), on a GPU by the allocator's count; inputs
+are not in it, gradients are. The error is that of the classifier's gradient against float64, relative to its norm.
 
 On a GPU, liger-kernel and cut-cross-entropy take part if they are installed.
 """
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,19 +137,16 @@ def grown_resident_set_in_mb(name: str, shape: str, dtype: torch.dtype) -> float
     made = contenders(torch.device("cpu"))[name]
     given = inputs(shape, torch.device("cpu"), dtype)
     step(made, *inputs("8x512x64", torch.device("cpu"), dtype))
-    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _peak()
     step(made, *given)
-    return (_peak() - before) / 1e6
+    return (_peak() - before) / 1e3
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _resident() -> float:
-    # The inputs were drawn in float32 before they were cast, so the peak so far may lie above what is held now.
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * float(resource.getpagesize())
+def _peak() -> int:
+    """Of the resident set, in kB. Not getrusage's, which a process inherits from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def _wait(device: torch.device) -> None:

@@ -84,6 +84,15 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
+@dataclass(frozen=True)
+class Invalid:
+    """Arguments that must be refused, a part of the message, and the built-in error that it is one of."""
+
+    arguments: Mapping[str, Any]
+    message: str
+    error: type[Exception] = ValueError
+
+
 T = TypeVar("T")
 
 

@@ -173,3 +173,13 @@ def test_ranges_of_a_loss_are_drawn():
     drawn = result.trials["loss.label_smoothing"].to_list()
     assert len(set(drawn)) == 4
     assert all(0 <= value <= 0.5 for value in drawn)
+
+
+def test_losses_of_another_structure_are_not_computed_together():
+    mse, l1, quantile = fl.losses.mse(), fl.losses.l1(), fl.losses.quantile
+    assert (mse + l1).structure != (l1 + mse).structure
+    assert (mse + l1).structure == (mse + 0.5 * l1).structure
+    assert quantile().structure != quantile(quantiles=(0.1, 0.5, 0.9)).structure
+    assert quantile(quantiles=(0.2, 0.5)).structure == quantile(quantiles=(0.1, 0.5)).structure
+    assert fl.losses.huber(reduction="sum").structure != fl.losses.huber().structure
+    assert mse.structure != l1.structure

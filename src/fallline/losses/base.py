@@ -158,7 +158,8 @@ class Loss:
             numbers: replaces some of `self.numbers` (the vectorised engine passes one value per trial).
         """
         self._refuse_template()
-        if self.whole is not None and numbers is None:
+        # What torch calls with three arguments or more cannot be called with a prediction in parts; ours is equal to it.
+        if self.whole is not None and numbers is None and (more or self.arrange is None):
             return self.whole(prediction, target, *more)
         values, weights = self._terms(prediction, target, *more, numbers=numbers)
         if self.reduction == "none":
@@ -227,7 +228,7 @@ class Loss:
             each for value in self.call.arguments.values() for each in (value if isinstance(value, tuple) else (value,))
         ]
         inside = tuple(each.structure for each in held if isinstance(each, Loss))
-        return f"{self.call.function.__module__}.{self.call.name}", tuple(fixed), inside
+        return f"{self.call.function.__module__}.{self.call.name}", tuple(fixed), tuple(self.numbers), inside
 
     def __add__(self, other: object) -> Loss:
         """The sum of two losses of the same prediction and target: `cross_entropy() + 0.5 * dice()`."""

@@ -1,6 +1,6 @@
 """Losses for one of several classes, as torch has them: cross-entropy, negative log-likelihood, multi-class margin.
 
-Neighbours: `reweighted` for cross-entropies that weigh easy, hard and mislabelled samples differently, `ordinal` for
+Neighbours: `reweighted` for cross-entropies that weigh easy, hard and mislabelled samples differently, `ranks` for
 classes with an order, `binary` for yes or no.
 
 They are spelt out instead of calling torch's, because `log_softmax` over a short last dimension and the vmapped

@@ -9,16 +9,8 @@ from typing import Any
 
 from torch import Generator
 
+from fallline.description import Invalid as Invalid  # where the families look for it
 from fallline.losses.base import Loss
-
-
-@dataclass(frozen=True)
-class Invalid:
-    """Arguments that must be refused, a part of the message, and the built-in error that it is one of."""
-
-    arguments: Mapping[str, Any]
-    message: str
-    error: type[Exception] = ValueError
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Cap: TypeAlias = float | Tensor | None
-ON_A_CPU, ON_A_GPU = 1 << 21, 1 << 24  # logits in a tile
-OUTRIGHT = 1 << 21  # up to so many logits, tiles save little memory, and cost a matrix product
+ON_A_CPU, ON_A_GPU = 1 << 20, 1 << 24  # logits in a tile
+OUTRIGHT = 1 << 22  # up to so many logits, tiles save little memory, and cost a matrix product
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -149,7 +149,8 @@ def _wrapping(
     if maker is not None:
         known = inspect.signature(maker).parameters
         try:
-            ours = maker(**{key: value for key, value in arguments.items() if key in known})
+            given = {key: value for key, value in arguments.items() if key in known}
+            ours = maker(**{"reduction": "mean"} | given)  # torch's default, kl_div's too
         except FalllineError:  # torch takes arguments that we refuse
             ours = None
         if ours is not None:

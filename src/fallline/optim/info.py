@@ -7,16 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fallline.description import Invalid as Invalid  # where the families look for it
 from fallline.optim.base import Optimizer
-
-
-@dataclass(frozen=True)
-class Invalid:
-    """Arguments that must be refused, a part of the message, and the built-in error that it is one of."""
-
-    arguments: Mapping[str, Any]
-    message: str
-    error: type[Exception] = ValueError
 
 
 @dataclass(frozen=True)

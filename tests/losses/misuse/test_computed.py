@@ -82,7 +82,9 @@ def test_what_is_no_error_is_returned_in_the_order_of_severity() -> None:
 
 def test_a_loss_that_returns_more_than_the_loss() -> None:
     assert severe(lambda p, t: ((p - t).square().mean(), {"more": 1}), torch.randn(N), torch.randn(N)) == []
-    assert severe(lambda p, t: {"loss": (p - t).square().mean()}, torch.randn(N), torch.randn(N)) == ["fails"]
+    inside = lambda p, t: {"loss": (p - t).square().mean()}  # noqa: E731
+    assert said(inside, torch.randn(N), torch.randn(N)) == [("error", "fails")]
+    assert said("quantile", torch.randn(N, 3), torch.randn(N)) == [("error", "shape")]
     assert said(lambda p, t: (p - t).square(), torch.randn(N), torch.randn(N)) == [("note", "reduction")]
 
 
@@ -116,8 +118,13 @@ def test_masked_logits_are_fine_unless_a_label_is_masked() -> None:
 
 def test_a_loss_or_a_gradient_that_is_not_finite() -> None:
     same = torch.randn(N)
-    assert severe(lambda p, t: (p - t).log().mean(), torch.randn(N), torch.randn(N)) == ["not-finite"]
-    assert severe(lambda p, t: (p - t).square().sum().sqrt(), same, same.clone()) == ["not-finite"]  # 0 / 0
+    wrong = [("error", "not-finite")]
+    assert said(lambda p, t: (p - t).log().mean(), torch.randn(N), torch.randn(N)) == wrong
+    root = lambda p, t: (p - t).square().sum().sqrt()  # noqa: E731
+    assert said(root, same, same.clone()) == wrong  # 0 / 0 in its gradient
+    assert said(root, same.half(), same.half()) == [("warning", "not-finite")]
+    overflow = lambda p, t: (p * 1e4).square().mean()  # noqa: E731
+    assert said(overflow, same.half(), None) == [("warning", "not-finite")]
     assert severe(lambda p, t: (p - t).square().mean().sqrt(), torch.randn(N), same) == []
     large = torch.full((N,), 300.0).half()
     assert said(nn.MSELoss(), large, -large)[0] == ("warning", "not-finite")
@@ -134,9 +141,10 @@ def test_missing_values_that_a_callable_leaves_out_are_its_own_business() -> Non
 
 def test_a_loss_that_is_cut_off_from_its_prediction() -> None:
     logits, prediction, target = torch.randn(N, 5), torch.randn(N), torch.randn(N)
-    assert severe(lambda p, t: (p.argmax(1) != t).float().mean(), logits, classes()) == ["detached"]
-    assert severe(lambda p, t: (p - t).square().mean().item(), prediction, target) == ["detached"]
-    assert severe(lambda p, t: (p.detach() - t).square().mean(), prediction, target) == ["detached"]
+    cut = [("error", "detached")]
+    assert said(lambda p, t: (p.argmax(1) != t).float().mean(), logits, classes()) == cut
+    assert said(lambda p, t: (p - t).square().mean().item(), prediction, target) == cut
+    assert said(lambda p, t: (p.detach() - t).square().mean(), prediction, target) == cut
 
 
 def test_a_loss_that_is_constant_or_flat() -> None:
@@ -265,7 +273,7 @@ def test_a_model_of_nan() -> None:
     with torch.no_grad():
         model[2].weight[0, 0] = math.nan
     prediction = network(1)(torch.randn(N, 8))
-    assert severe("mse", prediction, torch.randn(N, 1), model) == ["not-finite"]
+    assert said("mse", prediction, torch.randn(N, 1), model) == [("error", "not-finite")]
 
 
 # The direction.
@@ -325,6 +333,12 @@ LEGITIMATE = {
     "overshooting": (nn.functional.mse_loss, 3 * (2.0 * (torch.arange(N) % 2) - 1), (torch.arange(N) % 2).float()),
     "few": (lambda p, t: -(p - t).square().mean(), torch.randn(4), torch.randn(4)),
 }
+
+
+def test_a_push_away_from_real_targets_is_a_note() -> None:
+    away = lambda p, t: (functional.cosine_similarity(p, t) - 0.2).clamp(min=0).mean()  # noqa: E731
+    target = functional.normalize(torch.randn(N, 6))
+    assert said(away, torch.randn(N, 6), target) == [("note", "rewards-errors")]
 
 
 @pytest.mark.parametrize("name", LEGITIMATE)

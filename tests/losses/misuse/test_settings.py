@@ -23,7 +23,7 @@ from fallline.losses.misuse import check
         (losses.huber, {"delta": "1"}),
         (losses.cross_entropy, {"label_smoothing": 1.5}),
         (losses.cross_entropy, {"label_smoothing": -0.1}),
-        (losses.cross_entropy, {"weight": [-1.0, 1.0]}),
+        (losses.cross_entropy, {"weight": [float("nan"), 1.0]}),
         (losses.cross_entropy, {"weight": [[1.0, 1.0]]}),
         (losses.cross_entropy, {"ignore_index": 1.0}),
         (losses.binary_cross_entropy_with_logits, {"pos_weight": -1}),

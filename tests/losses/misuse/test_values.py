@@ -525,6 +525,12 @@ def test_collapsed_embeddings() -> None:
     assert severe("info_nce", (first, sparse)) == []
 
 
+def test_two_scores_that_are_the_same() -> None:
+    scores, signs = torch.randn(2, N), torch.ones(N)
+    assert severe("margin_ranking", (scores[0], scores[1]), signs) == []
+    assert severe("margin_ranking", (scores[0], scores[0]), signs) == ["collapsed"]
+
+
 def test_triplets_of_the_same_tensor() -> None:
     anchor, positive, negative = torch.randn(3, N, 8)
     assert severe(nn.TripletMarginLoss(), (anchor, positive, negative)) == []
