@@ -80,7 +80,7 @@ def confident() -> nn.Module:
 
 def forgetful() -> nn.Module:
     layers = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32, momentum=0.0), nn.ReLU(), nn.Linear(32, 3))
-    layers[1].running_mean.fill_(30.0)
+    layers[1].running_var.fill_(1e6)
     return layers
 
 
@@ -94,9 +94,52 @@ def constant_model() -> nn.Module:
     return Wrapped(lambda model, x: model.layers(x).detach() + model.layers[2].bias)
 
 
+def times(factor, make):
+    def model() -> nn.Module:
+        layers = make()
+        return Wrapped(lambda whole, x: factor * whole.layers(x), lambda: layers)
+
+    return model
+
+
+def of_the_batch() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32, track_running_stats=False), nn.ReLU(), nn.Linear(32, 3))
+
+
+def standardised(model, x):
+    return model.layers((x - x.mean(0)) / (x.std(0) + 1e-6))
+
+
+class Pair(nn.Module):
+    """A mean and a variance, as two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, spread = self.layers(x).chunk(2, 1)
+        return mean, nn.functional.softplus(spread)
+
+
+class Vocabulary(nn.Module):
+    """Hidden states, and the classifier that is to be applied to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Linear(6, 16)
+        self.classifier = nn.Parameter(30 * torch.randn(50, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers(x), self.classifier
+
+
+TWICE = torch.arange(400) % 150
+LAMBDA = {"loss": lambda p, t: nn.functional.cross_entropy(p, t) + 0.0}
 BROKEN = [
     ("initial-loss", task(confident), "warning", "last_layer.weight.mul_"),
-    ("initial-loss", task(regressor, 100 * NUMBERS + 5000, "mse"), "warning", "y.mean(0)"),
+    ("initial-loss", task(regressor, NUMBERS + 50, "mse"), "note", "y.mean(0)"),
+    ("initial-loss", task(regressor, 100 * NUMBERS + 50000, "mse"), "warning", "y.mean(0)"),
     ("cannot-overfit", task(constant_model), "warning", "do they belong together"),
     ("input-ignored", task(lambda: Wrapped(blind)), "error", "is x used"),
     ("no-gradient", task(lambda: Wrapped(detached)), "warning", "del model.layers.0"),
@@ -105,7 +148,16 @@ BROKEN = [
     ("mixes-samples", task(lambda: Wrapped(mixing)), "error", "permute"),
     ("random-evaluation", task(lambda: Wrapped(always_dropping)), "warning", "training=self.training"),
     ("train-eval", task(forgetful), "warning", "momentum"),
-    ("leak", task(validation=(X[200:300], LABELS[200:300])), "warning", "rows to leave out"),
+    ("initial-loss", task(times(100, regressor), NUMBERS / 10, "mse"), "warning", "last_layer.weight.mul_"),
+    ("initial-loss", task(Pair, NUMBERS + 1000, nn.GaussianNLLLoss()), "warning", "y.mean(0)"),
+    ("initial-loss", task(times(200, lambda: nn.Linear(6, 2)), LABELS, "ordinal"), "warning", "weight.mul_"),
+    ("initial-loss", task(times(200, classifier), **LAMBDA), "warning", "weight.mul_"),
+    ("initial-loss", task(Vocabulary, loss="linear_cross_entropy"), "warning", "weight.mul_"),
+    ("mixes-samples", task(of_the_batch), "error", "track_running_stats"),
+    ("mixes-samples", task(lambda: Wrapped(standardised)), "error", "permute"),
+    ("leak", task(x=X[TWICE], y=LABELS[TWICE]), "warning", "keep"),
+    ("leak", task(validation=(X[:50], LABELS[50:100])), "warning", "keep"),
+    ("leak", task(validation=(X[200:300], LABELS[200:300])), "warning", "keep"),
 ]
 
 
@@ -160,6 +212,12 @@ class Words(nn.Module):
         return self.head(self.attention(self.words(x)).mean(1))
 
 
+def scaled_down(model: Vocabulary) -> Vocabulary:
+    with torch.no_grad():
+        model.classifier.mul_(0.003)
+    return model
+
+
 TOKENS = torch.randint(0, 20, (400, 5), generator=GENERATOR)
 HEALTHY = {
     "classes": task(),
@@ -175,6 +233,14 @@ HEALTHY = {
     "weights of classes": task(loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]))),
     "a linear model": task(functools.partial(nn.Linear, 6, 3)),
     "log-probabilities": task(lambda: nn.Sequential(classifier(), nn.LogSoftmax(1)), loss=nn.NLLLoss()),
+    "batches that leave one sample over": task(normalised, batch_size=85),
+    "a last batch of one sample": task(normalised, batch_size=23, drop_last=True),
+    "a loss that begins below 0": task(regressor, NUMBERS, lambda p, t: (p - t).pow(2).mean() - 100),
+    "a mean and a small variance": task(Pair, 0.01 * NUMBERS, nn.GaussianNLLLoss()),
+    "normalised in the model": task(lambda: nn.Sequential(nn.BatchNorm1d(6), classifier()), x=255 * X.abs()),
+    "the same inputs with other labels": task(classifier, LABELS, x=(X > 0).float()),
+    "hidden states": task(lambda: scaled_down(Vocabulary()), loss="linear_cross_entropy"),
+    "several quantiles": task(lambda: nn.Linear(6, 3), NUMBERS[:, 0], fl.losses.quantile(quantiles=(0.1, 0.5, 0.9))),
     "a callable": task(regressor, NUMBERS, lambda p, t: (p - t).abs().pow(1.5).mean()),
 }
 

@@ -197,7 +197,7 @@ def check(
     seed: Annotated[int, typer.Option(help="Of the model that is looked at.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Look for what is wrong before training: the loss, the model, the data. Exit code 1 if something is."""
+    """Look for what is wrong before training: the loss, the model, the data. Exit code 1 for an error."""
     import fallline as fl
     from fallline.diagnosis import examine
 

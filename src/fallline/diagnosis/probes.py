@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,6 @@ from fallline.optim import adam
 from fallline.tasks import Task
 from fallline.training.step import joined
 
-Level: TypeAlias = Literal["warning", "note"]
 # Samples that are looked at.
 SAMPLES = 256
 # Samples that are learnt by heart, with which learning rates, and for how many steps at most.
@@ -28,6 +30,11 @@ STEPS = 400
 ROUND_OFF = 1e-4
 # A new model whose last layer is zero says nothing about where gradients go: all its parameters are moved a little.
 DISTURBANCE = 0.1
+# So many columns with so many values each at most: then two samples may be equal by chance.
+FEW = 16
+MEAN = "the mean of the targets"
+# What compares samples with each other; of these a constant is no guess.
+RELATIVE = (Prediction.EMBEDDINGS, Prediction.DISTANCES)
 
 
 class Subject:
@@ -50,25 +57,44 @@ class Subject:
         """What is wrong with the loss: found by the task's own check, and on the samples that are looked at."""
         if any(finding.severity == "error" for finding in self.task.findings):
             return list(self.task.findings)
-        with torch.random.fork_rng(_devices(self.device)), torch.enable_grad():
-            torch.manual_seed(self.seed)
-            prediction = self.model.train()(self.x)
-            found = losses.check(self.task.loss, prediction, self.y, self.model)
-        return list(dict.fromkeys([*self.task.findings, *found]))
+        with self.quietly(), torch.enable_grad():
+            prediction = copy.deepcopy(self.model).train()(self.x)
+            found = losses.check(self.task.loss, prediction, self.y)
+        told = [*self.task.findings]
+        told += [finding for finding in found if finding.code not in {each.code for each in told}]
+        # Which parameters get no gradient is a check of its own, with other parameters and on more samples.
+        return [each for each in told if each.code != "zero-gradient" or each.severity == "error"]
 
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Random numbers from the seed, those of the caller untouched, and no warnings of torch's."""
+        with torch.random.fork_rng(_devices(self.device)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(self.seed)
+            yield
+
+    def chunks(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor in mini-batches, a last one of a single sample joined to the one before: BatchNorm needs two."""
+        parts = list(tensor.split(max(2, self.task.batch_size)))
+        if len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        return parts
+
+    @cached_property
+    def started(self) -> Any:
+        """The prediction of the new model as it is trained: with the statistics of the batch, without dropout."""
+        return self.predicted(without_dropout(copy.deepcopy(self.model).train()), self.x)
+
+    @cached_property
     def initial_loss(self) -> float:
-        """The loss of the new model in evaluation mode."""
-        return float(self.task.loss(self.predicted(self.model, self.x), self.y))
+        """The loss of the new model."""
+        return float(self.task.loss(self.started, self.y))
 
     def predicted(self, model: nn.Module, x: Tensor) -> Any:
-        """The prediction in evaluation mode, without gradients; the random state of the caller is untouched."""
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(_devices(self.device)):
-            torch.manual_seed(self.seed)
-            found = joined([model(part) for part in x.split(max(1, self.task.batch_size))])
-        model.train(was_training)
-        return found
+        """The prediction in the mode that the model is in, without gradients."""
+        with torch.no_grad(), self.quietly():
+            found = joined([model(part) for part in self.chunks(x)])
+        return tuple(part.detach() for part in found) if isinstance(found, tuple | list) else found.detach()
 
     @cached_property
     def disturbed(self) -> nn.Module:
@@ -86,8 +112,7 @@ class Subject:
     def overfitted(self) -> Fit:
         """The fit of a few samples, made once."""
         if self._fit is None:
-            with torch.random.fork_rng(_devices(self.device)):
-                torch.manual_seed(self.seed)
+            with self.quietly():
                 self._fit = learn_by_heart(self)
         return self._fit
 
@@ -112,22 +137,31 @@ class Fit:
     samples: int
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with its dropout layers switched off, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    return model
+
+
 def learn_by_heart(subject: Subject) -> Fit:
     """Trains a copy of the model on a few samples, dropout switched off, with the best of several learning rates."""
     trainable = sum(p.numel() for p in subject.model.parameters() if p.requires_grad)
-    outputs = _flat(subject.predicted(subject.model, subject.x[:1])).numel()
-    count = max(1, min(BY_HEART, len(subject.x), trainable // max(1, outputs)))  # a line goes through two points
-    pick = torch.linspace(0, len(subject.x) - 1, count).long()
+    outputs = _flat(subject.started)[0].numel()
+    different = _different(subject.x)  # equal inputs with other targets cannot be learnt by heart
+    count = max(1, min(BY_HEART, len(different), trainable // max(1, outputs)))  # a line goes through two points
+    pick = different[torch.linspace(0, len(different) - 1, count).long()]
     x, y = subject.x[pick], subject.y[pick]
     loss = subject.task.loss
-    floor = _of_perfection(loss, subject, x, y)
+    floor = _of_perfection(loss, _rows(subject.started, pick, len(subject.x)), y)
+
+    def learnt(first: float, last: float) -> bool:
+        return 0 <= last < 0.01 * first if floor is None else last - floor < 0.01 * (first - floor)
+
     best: Fit | None = None
-    bottom = 0.0 if floor is None else floor
     for lr in RATES:
-        model = copy.deepcopy(subject.model).train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
+        model = without_dropout(copy.deepcopy(subject.model).train())
         optimizer = adam(lr=lr).as_torch([p for p in model.parameters() if p.requires_grad])
         first = last = float("nan")
         step = 0
@@ -136,23 +170,35 @@ def learn_by_heart(subject: Subject) -> Fit:
             value = loss(model(x), y)
             last = float(value.detach())
             first = last if step == 1 else first
-            if not value.isfinite() or not value.requires_grad or last - bottom < 0.01 * (first - bottom):
+            if not value.isfinite() or not value.requires_grad or (step > 1 and learnt(first, last)):
                 break
             value.backward()
             optimizer.step()
-        made = Fit(first, last, float("nan"), floor, lr, step, count)
-        if best is None or made.last < best.last:
-            evaluated = float(loss(subject.predicted(model, x), y))
+        if best is None or last < best.last:
+            evaluated = float(loss(subject.predicted(model.eval(), x), y))
             best = Fit(first, last, evaluated, floor, lr, step, count)
-        if best.last - bottom < 0.01 * (best.first - bottom):
+        if learnt(best.first, best.last):
             break
     assert best is not None
     return best
 
 
-def _of_perfection(loss: Loss, subject: Subject, x: Tensor, y: Tensor) -> float | None:
-    """The loss of the best prediction there is; None where it is not known what that is."""
-    prediction = subject.predicted(subject.model, x)
+def _different(x: Tensor) -> Tensor:
+    """The numbers of the samples whose input no sample before has."""
+    first: dict[bytes, int] = {}
+    for i, key in enumerate(_digests(x)):
+        first.setdefault(key, i)
+    return torch.tensor(list(first.values()))
+
+
+def _rows(prediction: Any, pick: Tensor, samples: int) -> Any:
+    if isinstance(prediction, Tensor):
+        return prediction[pick]
+    return tuple(part[pick] if len(part) == samples else part for part in prediction)
+
+
+def _of_perfection(loss: Loss, prediction: Any, y: Tensor) -> float | None:
+    """The loss of the best prediction there is for these targets; None where it is not known what that is."""
     if not isinstance(prediction, Tensor):
         return None
     best: Tensor | None = None
@@ -176,29 +222,59 @@ def _are_classes(prediction: Tensor, target: Tensor) -> bool:
 
 
 def loss_of_a_guess(subject: Subject) -> tuple[float, str] | None:
-    """The loss of a prediction that knows nothing of its input, and how it is made; None where that is not known."""
-    loss, y = subject.task.loss, subject.y
-    prediction = subject.predicted(subject.model, subject.x)
-    if not isinstance(prediction, Tensor):
+    """The loss of a prediction that knows nothing of its input, and how it is made; None where there is none."""
+    loss, y, prediction = subject.task.loss, subject.y, subject.started
+    if loss.prediction is Prediction.HIDDEN_STATES:
+        classes = len(prediction[1])
+        return float(loss((torch.zeros_like(prediction[0]), *prediction[1:2]), y)), f"all {classes} classes alike"
+    if isinstance(prediction, Tensor):
+        zeros = torch.zeros_like(prediction)
+        if loss.prediction is Prediction.LOGITS and prediction.ndim > 1:
+            return float(loss(zeros, y)), f"all {prediction.shape[1]} classes alike"
+        if loss.prediction is Prediction.LOG_PROBABILITIES and prediction.ndim > 1 and loss.kind == "classification":
+            return float(loss(zeros.log_softmax(1), y)), f"all {prediction.shape[1]} classes alike"
+        if loss.prediction in (Prediction.YES_LOGITS, Prediction.PROBABILITIES):
+            return float(loss(zeros + 0.5 * (loss.prediction is Prediction.PROBABILITIES), y)), "yes and no alike"
+        if loss.prediction is Prediction.REAL and loss.target is Target.REAL and prediction.shape == y.shape:
+            return float(loss(y.mean(0).expand_as(y).to(prediction), y)), MEAN
+    if loss.prediction in RELATIVE:
         return None
-    zeros = torch.zeros_like(prediction)
-    if loss.prediction is Prediction.LOGITS and prediction.ndim > 1:
-        classes = prediction.shape[1]
-        return float(loss(zeros, y)), f"all {classes} classes alike"
-    if loss.prediction is Prediction.LOG_PROBABILITIES and prediction.ndim > 1:
-        return float(loss(zeros.log_softmax(1), y)), f"all {prediction.shape[1]} classes alike"
-    if loss.prediction is Prediction.YES_LOGITS:
-        return float(loss(zeros, y)), "yes and no alike"
-    if loss.prediction is Prediction.PROBABILITIES:
-        return float(loss(zeros + 0.5, y)), "yes and no alike"
-    if loss.prediction is Prediction.REAL and loss.target is Target.REAL and prediction.shape == y.shape:
-        return float(loss(y.mean(0).expand_as(y).to(prediction), y)), "the mean of the targets"
-    return None
+    value = _of_a_constant(loss, prediction, y)
+    return None if value is None else (value, "the best constant")
+
+
+def targets_are_far(subject: Subject) -> bool:
+    """Whether the targets are farther from 0 than the outputs are, so that they, not the outputs, are to be scaled."""
+    return float(subject.y.double().pow(2).mean()) > float(_flat(subject.started).pow(2).mean())
+
+
+def _of_a_constant(loss: Loss, prediction: Any, y: Tensor) -> float | None:
+    """The loss of the best output that is the same for every sample, found by going downhill from the mean output."""
+    parts = prediction if isinstance(prediction, tuple) else (prediction,)
+    if any(len(part) != len(parts[0]) or not part.is_floating_point() for part in parts):
+        return None
+    best: float | None = None
+    first = y.double().mean(0).to(parts[0]) if y.shape == parts[0].shape else parts[0].mean(0)
+    starts = [[first, *(part.mean(0) for part in parts[1:])]]
+    for start in (*starts, [part.mean(0) for part in parts], [torch.zeros_like(part[0]) for part in parts]):
+        constants = [part.detach().clone().requires_grad_() for part in start]
+        optimizer = adam(lr=0.05).as_torch(constants)
+        for _ in range(STEPS // 2):
+            same = tuple(c.expand_as(part) for c, part in zip(constants, parts, strict=True))
+            with torch.enable_grad():
+                value = loss(same if isinstance(prediction, tuple) else same[0], y)
+            if not value.isfinite() or not value.requires_grad:
+                break
+            best = min(float(value.detach()), float("inf") if best is None else best)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    return best
 
 
 def spread_over_samples(subject: Subject) -> float:
     """How much the outputs of different samples differ, as a share of their size; 0 if they are all the same."""
-    outputs = _flat(subject.predicted(subject.disturbed, subject.x))
+    outputs = _flat(subject.predicted(subject.disturbed.eval(), subject.x))
     if len(outputs) < 2 or bool((subject.x == subject.x[:1]).all()):
         return 1.0
     return float((outputs - outputs[:1]).abs().max() / outputs.abs().max().clamp(min=1e-30))
@@ -209,9 +285,8 @@ def gradient_sizes(subject: Subject) -> dict[str, float | None]:
     model = copy.deepcopy(subject.disturbed).train()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sizes: dict[str, float | None] = dict.fromkeys(params)
-    with torch.random.fork_rng(_devices(subject.device)), torch.enable_grad():
-        torch.manual_seed(subject.seed)
-        for x, y in zip(*(each.split(max(2, subject.task.batch_size)) for each in (subject.x, subject.y)), strict=True):
+    with subject.quietly(), torch.enable_grad():
+        for x, y in zip(subject.chunks(subject.x), subject.chunks(subject.y), strict=True):
             value = subject.task.loss(model(x), y)
             if not value.requires_grad:
                 continue
@@ -225,54 +300,58 @@ def gradient_sizes(subject: Subject) -> dict[str, float | None]:
 def influence_of_other_samples(subject: Subject) -> float | None:
     """How much an output changes when the other samples of its batch are other ones, as a share of the outputs' size.
 
-    None where there are no others.
+    None where there are no others; infinity where a sample by itself cannot be predicted.
     """
     half = len(subject.x) // 2
-    if half < 1:
+    if half < 2:
         return None
     count = min(half, 16)
     first, others = subject.x[:count], subject.x[half : half + count]
-    model = subject.disturbed
-    together = _flat(_at_once(subject, model, first))
     mixed = first.clone()
     mixed[1::2] = others[1::2]
-    other = _flat(_at_once(subject, model, mixed))
-    kept = slice(0, None, 2)
-    if len(together) != count or len(other) != count:
-        return None
-    alone = torch.cat([_flat(_at_once(subject, model, first[i : i + 1])) for i in range(0, count, 2)])
-    size = together.abs().max().clamp(min=1e-30)
-    change = (together[kept] - other[kept]).abs().max() / size
-    if alone.shape == together[kept].shape:
-        change = torch.maximum(change, (together[kept] - alone).abs().max() / size)
-    return float(change)
-
-
-def _at_once(subject: Subject, model: nn.Module, x: Tensor) -> Any:
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng(_devices(subject.device)):
-        torch.manual_seed(subject.seed)
-        return model(x)
+    model = subject.disturbed.eval()
+    with torch.no_grad(), subject.quietly():
+        together, other = _flat(model(first)), _flat(model(mixed))
+        if len(together) != count or len(other) != count:
+            return None
+        size = together.abs().max().clamp(min=1e-30)
+        change = float((together[::2] - other[::2]).abs().max() / size)
+        try:
+            alone = [_flat(model(first[i : i + 1])) for i in range(0, count, 2)]
+        except Exception:
+            return float("inf")
+    apart = torch.cat(alone)
+    if apart.shape == together[::2].shape:
+        away = float((together[::2] - apart).abs().max() / size)
+        change = max(change, away if away == away else float("inf"))
+    return change
 
 
 def noise_of_evaluation(subject: Subject) -> float:
     """How much two passes in evaluation mode differ, as a share of the outputs' size."""
     model = subject.disturbed.eval()
-    with torch.no_grad(), torch.random.fork_rng(_devices(subject.device)):
-        torch.manual_seed(subject.seed)
-        x = subject.x[: max(1, subject.task.batch_size)]
+    x = subject.chunks(subject.x)[0]
+    with torch.no_grad(), subject.quietly():
         first, second = (_flat(model(x)) for _ in range(2))
     return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Exact duplicates among inputs: validation samples that are in the training data, how many of them with the same
-    target, training samples that are there more than once, and how many samples there are."""
+    """Exact duplicates among inputs.
+
+    Attributes:
+        across: validation samples whose input is in the training data.
+        same_target: how many of them have the same target there.
+        within: training samples whose input is there more than once.
+        coarse: whether inputs are so coarse (few values in each column) that duplicates come about by themselves.
+        validation, train: how many samples there are.
+    """
 
     across: int
     same_target: int
     within: int
+    coarse: bool
     validation: int
     train: int
 
@@ -286,7 +365,9 @@ def duplicates(task: Task) -> Duplicates:
     validated = list(zip(_digests(task.validation.x), _digests(task.validation.y), strict=True))
     across = [(key, target) for key, target in validated if key in targets]
     same = sum(target in targets[key] for key, target in across)
-    return Duplicates(len(across), same, len(trained) - len(targets), len(validated), len(trained))
+    columns = task.train.x[:SAMPLES].reshape(min(SAMPLES, len(trained)), -1)
+    coarse = columns.shape[1] <= FEW and all(len(column.unique()) <= FEW for column in columns.T)
+    return Duplicates(len(across), same, len(trained) - len(targets), coarse, len(validated), len(trained))
 
 
 def _digests(tensor: Tensor) -> list[bytes]:

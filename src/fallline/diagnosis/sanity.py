@@ -13,19 +13,20 @@ import torch
 from fallline.diagnosis import probes
 from fallline.diagnosis.probes import Subject
 from fallline.losses import Finding
+from fallline.losses.misuse.finding import Severity
 from fallline.tasks import Task
 from fallline.training.device import resolve_device
 
 # An initial loss so many times the loss of a guess is suspicious.
-TOO_HIGH = {"classes": 2.0, "numbers": 10.0}
+TOO_HIGH = {"a chance": 2.0, "a constant": 10.0}
+# Targets so far from 0 that the loss is so many times that of a guess are more than a matter of taste.
+FAR = 1000.0
 # A model that knows more than this share less than a guess before training has seen the answers.
 TOO_LOW = 0.5
 # Of the loss that a fit of eight samples can lose, so much may be left; where it is not known how much it can lose, it
 # must lose some.
 LEFT_OVER = 0.1
 LOST = 0.05
-# Natural duplicates, such as rows of a small grid of values, are as frequent within the training data as across.
-UNNATURAL = 3.0
 SHOWN = 3
 
 
@@ -89,31 +90,29 @@ def _loss(subject: Subject) -> Outcome:
     name, count = subject.task.loss.name, len(subject.y)
     if any(finding.severity == "error" for finding in found):
         return Outcome("the loss", f"{name} does not measure what is meant", found)
-    return Outcome("the loss", f"{name} on {count} samples: {subject.initial_loss():.4g}", found)
+    return Outcome("the loss", f"{name} on {count} samples: {subject.initial_loss:.4g}", found)
 
 
 def _initial_loss(subject: Subject) -> Outcome:
     title = "initial loss against a guess"
     guess = probes.loss_of_a_guess(subject)
-    loss = subject.initial_loss()
+    loss = subject.initial_loss
     if guess is None:
         return Outcome(title, f"{loss:.4g}; what a guess would cost is not known for {subject.task.loss.name}")
     value, how = guess
     figure = f"{loss:.4g}, a guess ({how}) costs {value:.4g}"
-    numbers = how.startswith("the mean")
-    if loss > TOO_HIGH["numbers" if numbers else "classes"] * value > 0:
-        fix = (
-            "train on (y - y.mean(0)) / y.std(0), and undo it after predicting"
-            if numbers
-            else "with torch.no_grad(): last_layer.weight.mul_(0.1); last_layer.bias.zero_()"
-        )
-        why = (
-            "The first steps only move the outputs to where the targets are, at a learning rate that is then too high."
-            if numbers
-            else "The new model is confidently wrong: the first steps only undo that."
-        )
+    chance = not how.startswith(("the mean", "the best"))
+    if loss > TOO_HIGH["a chance" if chance else "a constant"] * value > 0:
         seen = f"The initial loss {loss:.4g} is {loss / value:.1f} times that of a guess ({how}), {value:.4g}."
-        return Outcome(title, figure, (Finding("warning", "initial-loss", seen, why, fix),))
+        why = "The new model is confidently wrong: the first steps only undo that."
+        fix = "with torch.no_grad(): last_layer.weight.mul_(0.1); last_layer.bias.zero_()"
+        severity: Severity = "warning"
+        if not chance and probes.targets_are_far(subject):
+            severity = "warning" if loss > FAR * value else "note"
+            why = "The first steps only move the outputs to where the targets are, and a learning rate that does so is "
+            why += "too high afterwards."
+            fix = "train on (y - y.mean(0)) / y.std(0), and undo it after predicting"
+        return Outcome(title, figure, (Finding(severity, "initial-loss", seen, why, fix),))
     if 0 <= loss < TOO_LOW * value:
         seen = f"Before any training the loss is {loss:.4g}, and a guess ({how}) would cost {value:.4g}."
         why = "Unless the model is trained already, it sees the answers among its inputs."
@@ -131,6 +130,11 @@ def _overfitting(subject: Subject) -> Outcome:
         return Outcome(title, figure)
     if fit.floor is not None and fit.last - fit.floor <= LEFT_OVER * (fit.first - fit.floor) + 1e-6:
         return Outcome(title, figure)
+    if fit.floor is not None and fit.last - fit.floor <= 0.5 * (fit.first - fit.floor):
+        seen = f"On {what} the loss went from {fit.first:.4g} to {fit.last:.4g}, not to {fit.floor:.4g}."
+        why = "It learns, and cannot learn all: the model is small, or the same input has several targets."
+        fix = "torch.nn.Linear(inputs, 4 * hidden)  # a wider layer, if it is to learn more"
+        return Outcome(title, figure, (Finding("note", "cannot-overfit", seen, why, fix),))
     seen = f"On {what} the loss went from {fit.first:.4g} to {fit.last:.4g} in {fit.steps} steps"
     seen += f" (adam, the best of lr {', '.join(f'{lr:g}' for lr in probes.RATES)})."
     why = "What cannot learn a few samples by heart will learn nothing from more: the targets may belong to other "
@@ -177,17 +181,18 @@ def _gradients(subject: Subject) -> Outcome:
 
 def _separation(subject: Subject) -> Outcome:
     title = "samples keep apart"
-    moved = probes.influence_of_other_samples(subject)
-    if moved is None:
-        return Outcome(title, "a single sample has no neighbours")
-    figure = f"other samples change an output by {moved:.2g} of its size"
     if probes.noise_of_evaluation(subject) > probes.ROUND_OFF:
         return Outcome(title, "cannot be told: evaluation is random")
+    moved = probes.influence_of_other_samples(subject)
+    if moved is None:
+        return Outcome(title, "too few samples to tell")
+    figure = f"other samples change an output by {moved:.2g} of its size"
     if moved < probes.ROUND_OFF:
         return Outcome(title, figure)
-    seen = (
-        f"In evaluation mode a sample's output changes by {moved:.2g} of its size with the other samples of its batch."
-    )
+    seen = f"In evaluation mode an output changes by {moved:.2g} of its size with the other samples of the batch."
+    if moved == float("inf"):
+        seen = "In evaluation mode a batch of 1 sample cannot be predicted: the model fails or gives NaN."
+        figure = "a sample by itself cannot be predicted"
     why = "Predictions depend on who is predicted together: axes are confused, or statistics of the batch are used."
     fix = "x.permute(0, 2, 1) instead of x.view(...), dim=1 instead of dim=0; BatchNorm with track_running_stats=True"
     return Outcome(title, figure, (Finding("error", "mixes-samples", seen, why, fix),))
@@ -219,20 +224,24 @@ def _duplicates(subject: Subject) -> Outcome:
         return Outcome(title, "the task validates on its training data, as it was told")
     both = probes.duplicates(task)
     figure = f"{both.across} of {both.validation} validation samples"
-    natural = both.within / max(1, both.train)
     share = both.across / both.validation
     if not both.across:
         return Outcome(title, figure)
-    seen = (
-        f"{both.across} of {both.validation} validation samples ({share:.1%}) are also among the {both.train} training "
-    )
-    seen += f"samples, {both.same_target} of them with the same target."
+    are = "is" if both.across == 1 else "are"
+    seen = f"{both.across} of {both.validation} validation samples ({share:.1%}) {are} also among the {both.train} "
+    seen += f"training samples, {both.same_target} with the same target."
+    fix = "known = set(map(tuple, x.flatten(1).tolist())); "
+    fix += "keep = [tuple(row) not in known for row in x_validation.flatten(1).tolist()]"
+    if both.coarse:
+        why = f"Inputs have few values, so that this may be chance: {both.within} training samples are there twice too."
+        return Outcome(title, figure, (Finding("note", "leak", seen, why, fix),))
+    if not both.same_target:
+        why = "The same input has another target there: no model can predict both."
+        return Outcome(title, figure, (Finding("warning", "leak", seen, why, fix),))
     why = "The metric on the validation data rewards learning by heart."
-    fix = f"keep = torch.tensor([row.tolist() not in seen for row in x_validation])  # {both.across} rows to leave out"
-    severity: probes.Level = "warning" if share > UNNATURAL * natural and both.same_target else "note"
-    if severity == "note":
-        why = f"Within the training data {natural:.1%} are duplicates too, so that these may be natural."
-    return Outcome(title, figure, (Finding(severity, "leak", seen, why, fix),))
+    if both.within:
+        why += f" {both.within} training samples are there twice too: split first, copy or oversample afterwards."
+    return Outcome(title, figure, (Finding("warning", "leak", seen, why, fix),))
 
 
 def _names(names: Iterable[str]) -> str:

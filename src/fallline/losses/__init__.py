@@ -14,8 +14,8 @@ from fallline.losses.likelihoods import beta_nll, evidential, gaussian_nll
 from fallline.losses.linear_cross_entropy import linear_cross_entropy
 from fallline.losses.margins import hinge, multilabel_margin, multilabel_soft_margin, soft_margin, squared_hinge
 from fallline.losses.misuse import CODES, Finding, check, checked, require
-from fallline.losses.ranks import ordinal
 from fallline.losses.overlap import dice, jaccard, lovasz, tversky
+from fallline.losses.ranks import ordinal
 from fallline.losses.redundancy import barlow_twins, vicreg
 from fallline.losses.regression import charbonnier, huber, l1, log_cosh, mse, quantile, smooth_l1
 from fallline.losses.reweighted import focal, generalized_cross_entropy, poly, symmetric_cross_entropy

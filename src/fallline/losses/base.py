@@ -158,7 +158,7 @@ class Loss:
             numbers: replaces some of `self.numbers` (the vectorised engine passes one value per trial).
         """
         self._refuse_template()
-        # What torch calls with three arguments or more cannot be called with a prediction in parts; ours is equal to it.
+        # What torch calls with three arguments or more cannot be called with a prediction in parts; ours is its equal.
         if self.whole is not None and numbers is None and (more or self.arrange is None):
             return self.whole(prediction, target, *more)
         values, weights = self._terms(prediction, target, *more, numbers=numbers)

@@ -146,7 +146,7 @@ def linear_cross_entropy(
         z_loss: ζ ≥ 0, often 1e-4, which keeps the normaliser log Σ exp(z) near 0; a number or a 0-dimensional tensor.
         softcap: κ > 0, which logits cannot exceed; 30 in Gemma 2; None for no cap. A number or a 0-dimensional tensor.
         chunk: how many logits may exist at once, in tokens: `chunk` · V of them (their tile may have more tokens and
-            fewer classes). "auto" takes a million logits on a CPU and 16 million on a GPU, and all at once where there
+            fewer classes). "auto" takes 4 million logits on a CPU and 16 million on a GPU, and all at once where there
             are no more than 4 million.
         reduction: "mean", "sum" or "none".
 

@@ -28,7 +28,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Cap: TypeAlias = float | Tensor | None
-ON_A_CPU, ON_A_GPU = 1 << 20, 1 << 24  # logits in a tile
+ON_A_CPU, ON_A_GPU = 1 << 22, 1 << 24  # logits in a tile
 OUTRIGHT = 1 << 22  # up to so many logits, tiles save little memory, and cost a matrix product
 HALF = (torch.float16, torch.bfloat16)
 

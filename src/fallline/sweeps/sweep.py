@@ -403,7 +403,7 @@ def _losses(task: Task, given: Sequence[Any] | None) -> list[Loss]:
         raise InvalidSweep(f"losses = {given!r} is not a list of losses: give for example losses=['mse', 'huber'].")
     found = [as_loss(each) for each in given]
     several = len(found) > 1 or any(loss.dimensions for loss in found)
-    if several and isinstance(task.metric.function, Loss):
+    if several and isinstance(task.metric.function, Loss) and not task.metric_was_given:
         raise InvalidSweep(
             "values of different losses cannot be compared, and no metric can be chosen for these: give the task a "
             "metric."

@@ -219,7 +219,7 @@ class Task:
         """
         for finding in self.findings:
             if finding.severity == "warning":
-                words = f"{self.loss.name}: {finding.message} Fix: {finding.fix} [{finding.code}]"
+                words = f"{finding.message} Fix: {finding.fix} [{finding.code}]"
                 warnings.warn(words, LossMisused, stacklevel=stacklevel + 1)
 
     def _findings_on(self, model: nn.Module, data: Data, role: str) -> list[Finding]:

@@ -108,11 +108,53 @@ def test_what_torch_would_broadcast_is_an_error_with_its_own_fix(prediction: Ten
     assert fix in found.fix
 
 
+@pytest.mark.parametrize(
+    ("prediction", "target", "code", "fix"),
+    [
+        (zeros(3, 2), zeros(3, 5), "shape", "torch.nn.Linear(…, 5)"),
+        (zeros(3, 2), zeros(4, 2), "batch-size", "same batch"),
+        (zeros(5, 3), zeros(3, 7), "batch-size", "prediction.transpose(0, 1)"),
+        (zeros(4, 3), zeros(3, 4), "axis", "target.T"),
+        (zeros(3, 2, 1), zeros(3, 2), "shape", "target.unsqueeze(-1)"),
+        (zeros(3, 4), zeros(12), "shape", "target.reshape(prediction.shape)"),
+    ],
+)
+def test_what_torch_refuses_has_a_fix_here(prediction: Tensor, target: Tensor, code: str, fix: str) -> None:
+    for loss in (nn.MSELoss(), nn.SmoothL1Loss(), losses.mse()):
+        found = check(loss, prediction, target)[0]
+        assert (found.severity, found.code) == ("error", code)
+        assert fix in found.fix
+
+
+@pytest.mark.parametrize(
+    ("loss", "prediction", "target", "code", "fix"),
+    [
+        ("supervised_contrastive", torch.randn(8, 4), torch.arange(6) % 2, "batch-size", "same batch"),
+        ("mse", torch.randn(8, 3), torch.randn(8, 1), "broadcast", "target.expand_as(prediction)"),
+        ("cross_entropy", torch.tensor(1.0), torch.tensor(0), "shape", "BCEWithLogitsLoss"),
+        ("cross_entropy", torch.randn(8, 3, 5), torch.arange(8) % 3, "shape", "prediction.flatten(2).mean(2)"),
+        ("cross_entropy", torch.randn(8, 3), torch.zeros(8, 2).long(), "shape", "target[:, 0]"),
+        (
+            "linear_cross_entropy",
+            (torch.randn(4, 6, 8), torch.randn(20, 8)),
+            torch.randint(20, (24,)),
+            "shape",
+            "target.reshape(hidden.shape[:-1])",
+        ),
+    ],
+)
+def test_other_shapes_have_their_own_fix(loss: str, prediction: Any, target: Tensor, code: str, fix: str) -> None:
+    found = check(loss, prediction, target)[0]
+    assert (found.severity, found.code) == ("error", code)
+    assert fix in found.fix
+
+
 def test_one_target_for_all_is_less_severe_in_torch_which_may_mean_it() -> None:
     prediction = torch.randn(8, 3)
     assert severe(nn.MSELoss(), prediction, torch.randn(8, 1)) == ["broadcast"]
     assert errors(nn.MSELoss(), prediction, torch.randn(8, 1)) == []
-    assert severe(nn.MSELoss(), prediction, torch.tensor(1.0)) == []  # torch warns; a GAN's target of 1
+    [one] = check(nn.MSELoss(), prediction, torch.tensor(1.0))  # torch warns; a GAN's target of 1
+    assert (one.severity, one.code) == ("note", "broadcast")
     assert errors("mse", prediction, torch.randn(8, 1)) == ["broadcast"]
     assert severe(nn.MSELoss(), torch.zeros(1), torch.randn(8)) == ["broadcast"]
     prior = functools.partial(functional.kl_div, reduction="batchmean")
@@ -265,6 +307,8 @@ def test_torchs_own_losses_take_wider_and_whole_targets_with_a_warning() -> None
         assert severe(nn.MSELoss(), prediction, target) == ["target-type"]
         assert errors(nn.MSELoss(), prediction, target) == []
     assert errors(nn.BCEWithLogitsLoss(), prediction, label(*[0, 1] * 4)[:, None]) == ["target-type"]
+    narrower = check(nn.MSELoss(), prediction.double(), torch.randn(8, 1))
+    assert [(found.severity, found.code) for found in narrower] == [("note", "target-type")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -277,6 +321,7 @@ def test_half_precision_against_float32_is_autocast(dtype: torch.dtype) -> None:
 def test_bytes_and_booleans_have_no_minus_one(target: Tensor) -> None:
     found = check(nn.HingeEmbeddingLoss(), torch.rand(8), target)[0]
     assert (found.severity, found.code) == ("error", "target-coding")
+    assert "target.to(prediction.dtype)" in found.fix
 
 
 def test_counts_and_signs_may_be_whole_numbers() -> None:

@@ -23,7 +23,10 @@ from fallline.losses.misuse.given import Given, kind, shape, thinned
 
 def setting_findings(given: Given) -> Iterator[Finding]:
     """What is wrong with the arguments of the loss."""
-    yield from _refused(given)
+    refused = list(_refused(given))
+    yield from refused
+    if any(found.severity == "error" for found in refused):
+        return
     weight = _as_tensor(given.settings.get("weight"))
     if weight is not None and given.classes is not None:
         yield from _class_weights(given, weight, given.classes[0])

@@ -263,7 +263,7 @@ def _signs(given: Given, target: Tensor) -> Iterator[Finding]:
             "target-coding",
             f"{given.name} was given targets 0 and 1, and expects −1 and 1.",
             "A target of 0 counts for nothing, or for half: the negatives are not learnt.",
-            "target = 2 * target - 1",
+            "target = 2 * target - 1" if target.is_signed() else "target = 2 * target.to(prediction.dtype) - 1",
         )
     else:
         yield error(

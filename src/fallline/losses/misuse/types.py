@@ -34,13 +34,6 @@ def type_findings(given: Given) -> Iterator[Finding]:
         yield from _floating_labels(given, target)
     elif given.expects in _NUMBERS or (given.expects == Target.CLASSES_OR_PROBABILITIES and target.is_floating_point()):
         yield from _numbers(given, prediction, target)
-    elif target.dtype in (torch.bool, torch.uint8) and given.expects == Target.SIGNS:
-        yield error(
-            "target-coding",
-            f"{given.name} was given a target of type {kind(target)}, and expects −1 and 1.",
-            "A 0 is neither, and 1 − 2 is 255 or an error in this type.",
-            "target = 2 * target.to(prediction.dtype) - 1",
-        )
 
 
 def _not_floating(given: Given, prediction: Tensor) -> Finding:
