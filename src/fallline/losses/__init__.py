@@ -1,7 +1,7 @@
 """What is minimised. `base` says what a loss is; each family has a file, `catalogue` lists them; `misuse` says
 what can be said against their arguments; `wrapped` accepts torch's own losses and any callable."""
 
-from fallline.losses.base import Loss
+from fallline.losses.base import Loss, loss_maker
 from fallline.losses.binary import asymmetric, binary_cross_entropy, binary_cross_entropy_with_logits
 from fallline.losses.catalogue import get, registry
 from fallline.losses.classification import cross_entropy, multi_margin, nll
@@ -54,6 +54,7 @@ __all__ = [
     "l1",
     "linear_cross_entropy",
     "log_cosh",
+    "loss_maker",
     "lovasz",
     "margin_ranking",
     "mse",

@@ -20,6 +20,7 @@ def parts(name: str, prediction: Parts, count: int, what: str) -> tuple[Tensor, 
     Raises:
         LossMismatch: for anything else.
 
+    >>> import torch
     >>> parts("gaussian_nll", torch.tensor([[1.0, 2.0]]), 2, "a mean and a variance")
     (tensor([1.]), tensor([2.]))
     """
@@ -103,6 +104,7 @@ def number(
 def same_shape(name: str, prediction: Tensor, target: Tensor) -> None:
     """Refuses the silent broadcasting of an element-wise loss. Static: it also works under vmap and compile.
 
+    >>> import torch
     >>> same_shape("mse", torch.zeros(3, 1), torch.zeros(3))
     Traceback (most recent call last):
     ...

@@ -105,6 +105,8 @@ def test_not_finite_inputs(value: float) -> None:
     found = check("mse", prediction, target)
     assert [(each.severity, each.code) for each in found] == [("error", "not-finite")]
     assert "1 of 320" in found[0].seen
+    assert "isfinite(prediction)" in found[0].fix
+    assert "isfinite(target)" in check("mse", target, prediction)[0].fix
     assert severe(nn.MSELoss(), target, prediction) == ["not-finite"]
     assert said(nn.MSELoss(reduction="none"), target, prediction)[0] == ("warning", "not-finite")
     assert severe("cross_entropy", prediction, classes()) == ["not-finite"]
@@ -344,6 +346,12 @@ def test_a_push_away_from_real_targets_is_a_note() -> None:
 @pytest.mark.parametrize("name", LEGITIMATE)
 def test_what_legitimately_moves_away_is_no_warning(name: str) -> None:
     assert severe(*LEGITIMATE[name]) == []
+
+
+def test_the_sign_is_seen_through_a_squeeze() -> None:
+    column, row = torch.randn(N, 1), torch.randn(N)
+    assert severe(lambda p, t: -(p.squeeze(1) - t).square().mean(), column, row) == ["rewards-errors"]
+    assert severe(lambda p, t: (p.squeeze(1) - t).square().mean(), column, row) == []
 
 
 def test_a_critic_of_two_outputs_is_left_alone() -> None:

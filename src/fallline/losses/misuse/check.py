@@ -21,6 +21,7 @@ from fallline.losses.misuse.finding import Finding, by_severity, error
 from fallline.losses.misuse.given import Given, given, tensors
 from fallline.losses.misuse.gradients import callable_findings, computed_findings, model_findings, not_finite_findings
 from fallline.losses.misuse.predictions import prediction_findings
+from fallline.losses.misuse.recognised import recognised
 from fallline.losses.misuse.settings import setting_findings
 from fallline.losses.misuse.shapes import shape_findings
 from fallline.losses.misuse.targets import target_findings
@@ -55,7 +56,7 @@ def check(loss: object, prediction: Any, target: Any = None, model: nn.Module | 
     ('error', 'double-softmax', 'prediction = logits  # as the last linear layer gives them, without the softmax')
     """
     try:
-        case = given(loss, prediction, target, model)
+        case = recognised(given(loss, prediction, target, model))
     except UnknownName as reason:
         if isinstance(loss, str):
             raise

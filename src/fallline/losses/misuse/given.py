@@ -60,6 +60,8 @@ class Given:
         graph: the prediction with its graph.
         target_graph: the tensors of the target with theirs.
         settings: the arguments that the loss was made with, as far as they are known: weight, ignore_index, …
+        inside: what a callable does to its prediction before the loss that it was recognised as, and which that does
+            itself: "softmax", "softmax over the batch", "sigmoid", or "probabilities" for a missing logarithm.
     """
 
     loss: Loss
@@ -69,6 +71,7 @@ class Given:
     graph: Parts
     target_graph: tuple[Tensor, ...]
     settings: Mapping[str, Any]
+    inside: str = ""
 
     @property
     def name(self) -> str:

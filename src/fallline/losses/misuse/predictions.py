@@ -29,6 +29,9 @@ def prediction_findings(given: Given) -> Iterator[Finding]:
     low, high = given.prediction_range
     if math.isnan(low) or math.isnan(high):
         return  # `computed` reports it
+    if given.inside:
+        yield _inside(given)
+        return
     elementwise = given.expects == Target.CLASSES_OR_YES_NO and given.pair is not None and _alike(*given.pair)
     if given.wants == Prediction.LOGITS and elementwise:
         yield from _yes_logits(given, prediction)
@@ -52,6 +55,33 @@ def prediction_findings(given: Given) -> Iterator[Finding]:
         yield from _distances(given)
     elif given.wants == Prediction.DISTRIBUTION:
         yield from _spread(given)
+
+
+def _inside(given: Given) -> Finding:
+    """A step inside a callable that the loss takes once more, or that lacks its logarithm."""
+    code, why, fix = {
+        "softmax": (
+            "double-softmax",
+            "The cross-entropy takes the softmax itself; taken twice, it cannot come near 0 and learns slowly.",
+            "torch.nn.functional.cross_entropy(prediction, target)  # of the logits, without a softmax",
+        ),
+        "softmax over the batch": (
+            "softmax-axis",
+            "The softmax is taken over dimension 0, the batch; the classes stand in dimension 1.",
+            "torch.nn.functional.cross_entropy(prediction, target)  # or log_softmax(dim=1)",
+        ),
+        "sigmoid": (
+            "double-sigmoid",
+            "The loss takes a sigmoid, or a softmax, itself; taken twice, it can never become sure.",
+            "prediction = logits  # without the sigmoid",
+        ),
+        "probabilities": (
+            "not-log-probabilities",
+            "Log-probabilities are expected; without the logarithm it hardly punishes a sure mistake.",
+            "prediction = torch.nn.functional.log_softmax(logits, dim=1)  # instead of softmax",
+        ),
+    }[given.inside]
+    return warning(code, f"{given.name} gives what that gives, on random numbers too.", why, fix)
 
 
 def _alike(prediction: Tensor, target: Tensor) -> bool:
