@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions, functional
 
-from fallline.losses.linear_cross_entropy import linear_cross_entropy
+from fallline.losses.vocabulary import linear_cross_entropy
 
 SHAPES = ("2048x512x32768", "4096x768x32768", "2048x512x1000", "4096x512x1000")
 Contender = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -32,12 +32,14 @@ import census.correct_of_sequences
 import census.correct_of_training
 import census.correct_of_values
 import census.correct_second
+import census.correct_third
 import census.misuses_of_batches
 import census.misuses_of_classes
 import census.misuses_of_labels
 import census.misuses_of_training
 import census.misuses_of_values
-import census.misuses_second  # noqa: F401
+import census.misuses_second
+import census.misuses_third  # noqa: F401
 from census.case import CORRECT_USES, MISUSES, Case
 from census.tables import (
     Census,
@@ -82,22 +84,26 @@ such as a batch with one label. Where torch has no such loss, it is not counted.
 ## How far the figures can be trusted
 
 The figures below are no estimate of how the check does on code that nobody here has seen: it was written while this
-census ran, by people who could read the cases, and was mended until they passed. The expectations were revised as well
-after results had been seen. What was found on the first run, before anything was mended for those cases:
+census ran, by people who could read the cases, and was mended until they passed: it is fitted to them. The
+expectations were revised as well after results had been seen. What was found on the first run, before anything was
+mended for those cases:
 
 | collection | misuses caught | correct uses: errors | warnings |
 | --- | --: | --: | --: |
 | first (seed 0; its cases could be read while the check was written) | 181 of 198 | 1 of 181 | 3 |
 | second (seeds 0, 1 and 2 alike; written after the check fitted the first) | 17 of 20 | 1 of 16 | 1 |
+| third (by an independent tester; written after the check fitted both) | 137 of 151 | 2 of 190 | 7 |
 
 The second collection was written by someone who knew by then what the check rests on, to be hard on it. Its cases are
 in `misuses_second.py` and `correct_second.py`, and as soon as the check is mended for them they are as used up as the
-others: a new estimate needs new cases. What torch says was never fitted, but the regular expressions that judge its
+others: a new estimate needs new cases. The third was written by an independent tester, who did not read the first two.
+Of its 151 misuses and 190 correct uses, this census holds those that the check got wrong, and more of the tester's like
+them (`misuses_third.py` and `correct_third.py`); they were added after the check had been mended for them, so that the
+tables below say nothing about new ones. What torch says was never fitted, but the regular expressions that judge its
 messages were widened, in its favour, after reading them.
 
-The tables are of seed 0. After the check had been mended for the second collection, too, seeds 0, 2 and 4 had no miss
-and seeds 1 and 3 one each: saturated probabilities that were called `zero-gradient`, and bare probabilities of which
-nothing was said.
+The tables are of seed 0. After the check had been mended for all three, of the seeds 0 to 4 seed 3 had one miss, bare
+probabilities of which nothing was said, and no seed had a correct use refused.
 
 A check sees one batch and no intention. What it cannot tell apart, it says as a warning or not at all: logits that
 happen to lie between 0 and 1 look like probabilities, and fresh logits [N, T, C] with T = C look right either way.

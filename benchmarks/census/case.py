@@ -47,6 +47,8 @@ REASONS = {
     "zero-gradient": r"gradient",
     "detached": r"detach|does not require grad",
     "reduction": r"reduction|batchmean",
+    "swapped": r"order|swap",
+    "ignored-target": r"label|target",
     "rewards-errors": r"sign|negative|decrease|maximi[sz]",
     "domain": r"negative|positive|domain|between 0 and 1",
     "collapsed": r"collaps|constant|identical",

@@ -267,7 +267,7 @@ def fallline_binary_cross_entropy_of_tanh() -> Made:
     return losses.binary_cross_entropy(), network(8, 1, nn.Tanh())(x), yes_or_no(x)
 
 
-@misuse("detached", "not-probabilities", "saturated", "not-normalised", says=r"order|swap|detach|requires? grad")
+@misuse("swapped", says=r"order|swap|detach|requires? grad")
 def binary_cross_entropy_with_its_arguments_swapped() -> Made:
     """BCE(target, prediction): it is the target that leads to the parameters."""
     model, x = network(8, 1, nn.Sigmoid()), inputs()

@@ -56,13 +56,6 @@ def samples_of(name):
     return list(info.module_inputs_func(info, "cpu", torch.float64, True, training=True))
 
 
-def without_negative_weights(arguments):
-    """In place, so that the module, the reference function and ours have the same: ours refuse weights below 0."""
-    for name in ("weight", "pos_weight"):
-        if torch.is_tensor(arguments.get(name)):
-            arguments[name].abs_()
-
-
 def inputs_of(name, sample):
     """The forward arguments; kl_div's are logarithms of numbers of either sign, mostly NaN, and get finite values."""
     inputs = sample.forward_input.args
@@ -116,7 +109,6 @@ def test_values_and_gradients_are_torchs_over_its_whole_data_base(name, monkeypa
     steepest, references = 0.0, 0
     for sample in samples:
         arguments = sample.constructor_input
-        without_negative_weights(arguments.kwargs)
         loss, module = ours_for(name, arguments), getattr(nn, name)(*arguments.args, **arguments.kwargs).double()
         inputs = inputs_of(name, sample)
         assert not sample.forward_input.kwargs
@@ -157,7 +149,6 @@ def test_linear_cross_entropy_is_torchs_over_its_data_base():
         hidden, target = sample.forward_input.args
         if arguments["out_features"] or target.is_floating_point():
             continue  # several classifiers at once, or class probabilities: ours takes one, and indices
-        without_negative_weights(arguments)
         torch.manual_seed(1)
         module = nn.LinearCrossEntropyLoss(*sample.constructor_input.args, **arguments)
         names = ("weight", "reduction", "label_smoothing", *(["ignore_index"] if arguments["ignore_index"] else []))

@@ -11,7 +11,6 @@ from fallline.losses.counts import negative_binomial_nll, poisson_nll, tweedie
 from fallline.losses.distributions import crps, kl_div
 from fallline.losses.embeddings import cosine_embedding, hinge_embedding, margin_ranking, triplet_margin
 from fallline.losses.likelihoods import beta_nll, evidential, gaussian_nll
-from fallline.losses.linear_cross_entropy import linear_cross_entropy
 from fallline.losses.margins import hinge, multilabel_margin, multilabel_soft_margin, soft_margin, squared_hinge
 from fallline.losses.misuse import CODES, Finding, check, checked, require
 from fallline.losses.overlap import dice, jaccard, lovasz, tversky
@@ -20,6 +19,7 @@ from fallline.losses.redundancy import barlow_twins, vicreg
 from fallline.losses.regression import charbonnier, huber, l1, log_cosh, mse, quantile, smooth_l1
 from fallline.losses.reweighted import focal, generalized_cross_entropy, poly, symmetric_cross_entropy
 from fallline.losses.sequences import ctc
+from fallline.losses.vocabulary import linear_cross_entropy
 from fallline.losses.wrapped import as_loss
 
 __all__ = [

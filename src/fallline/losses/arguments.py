@@ -24,7 +24,7 @@ def parts(name: str, prediction: Parts, count: int, what: str) -> tuple[Tensor, 
     >>> parts("gaussian_nll", torch.tensor([[1.0, 2.0]]), 2, "a mean and a variance")
     (tensor([1.]), tensor([2.]))
     """
-    if isinstance(prediction, tuple | list) and len(prediction) == count:
+    if isinstance(prediction, (tuple, list)) and len(prediction) == count:
         return tuple(prediction)
     if isinstance(prediction, Tensor) and prediction.ndim >= 2 and prediction.shape[1] == count:
         return prediction.unbind(1)
@@ -86,7 +86,7 @@ def number(
     """
     if isinstance(value, Tensor):
         return value
-    real = isinstance(value, int | float) and not isinstance(value, bool) and -float("inf") < value < float("inf")
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and -float("inf") < value < float("inf")
     if real and (above is None or value > above) and (low is None or value >= low) and (high is None or value <= high):
         return value
     words = "a finite number"

@@ -326,7 +326,7 @@ def spelled(constructor: str, arguments: Mapping[str, object], defaults: Mapping
         if isinstance(value, Tensor):
             dtype = "" if value.dtype == torch.get_default_dtype() else f", dtype={value.dtype}"
             shown.append(f"{name}=torch.tensor({value.tolist()}{dtype})")
-        elif isinstance(value, tuple) or (name.endswith("weight") and isinstance(value, int | float)):
+        elif isinstance(value, tuple) or (name.endswith("weight") and isinstance(value, (int, float))):
             shown.append(f"{name}=torch.tensor({_listed(value)})")
         elif name not in defaults or value != defaults[name]:
             shown.append(f"{name}={code(value)}")

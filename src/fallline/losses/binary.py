@@ -46,7 +46,7 @@ def finite(loss: str, name: str, value: Any) -> Any:
         InvalidHyperparameter: for anything else but None.
     """
     for factor in _flat(value):
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise InvalidHyperparameter(f"{loss} was given {name}={value!r}, and expects finite numbers.")
     return value
 

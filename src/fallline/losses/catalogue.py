@@ -15,7 +15,6 @@ from fallline.losses import (
     distributions,
     embeddings,
     likelihoods,
-    linear_cross_entropy,
     margins,
     overlap,
     ranks,
@@ -23,6 +22,7 @@ from fallline.losses import (
     regression,
     reweighted,
     sequences,
+    vocabulary,
 )
 from fallline.losses.base import Loss
 from fallline.losses.info import LossInfo
@@ -41,7 +41,7 @@ FAMILIES = (
     contrastive,
     redundancy,
     sequences,
-    linear_cross_entropy,
+    vocabulary,
     combination,
     counts,
 )

@@ -93,7 +93,7 @@ def class_weights(
 
 
 def _is_weight(value: object, low: float) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and low <= value and -math.inf < value < math.inf  # type: ignore[operator]
 
 

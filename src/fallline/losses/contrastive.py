@@ -76,13 +76,13 @@ def _supervised_contrastive(
 
 def _views_of_each(name: str, prediction: Parts) -> Tensor:
     """The embeddings [N, V, D] of V views of N samples."""
-    if isinstance(prediction, tuple | list) and len({each.shape for each in prediction}) == 1:
+    if isinstance(prediction, (tuple, list)) and len({each.shape for each in prediction}) == 1:
         prediction = torch.stack(tuple(prediction), 1)
     elif isinstance(prediction, Tensor) and prediction.ndim == 2:
         prediction = prediction.unsqueeze(1)
     if isinstance(prediction, Tensor) and prediction.ndim == 3:
         return prediction
-    given = [list(each.shape) for each in prediction] if isinstance(prediction, tuple | list) else prediction.shape
+    given = [list(each.shape) for each in prediction] if isinstance(prediction, (tuple, list)) else prediction.shape
     raise LossMismatch(
         f"{name} was given a prediction of shape {list(given)}, and expects embeddings [N, D], or [N, V, D] of V "
         "views, or a tuple of views [N, D]. Flatten or average what is left: prediction.flatten(2), prediction.mean(3)."

@@ -200,7 +200,7 @@ def triplet_margin(
     >>> triplet_margin()(anchor, positive, negative)
     tensor(0.5000)
     """
-    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not p >= 1:
         raise InvalidHyperparameter(f"triplet_margin was given p={p!r}, and expects a number ≥ 1.")
     return Loss(
         name="triplet_margin",

@@ -227,7 +227,7 @@ def multilabel_soft_margin(*, weight: Tensor | Sequence[float] | None = None, re
     tensor(0.3466)
     """
     name = "multilabel_soft_margin"
-    if weight is not None and not isinstance(weight, tuple | Tensor):
+    if weight is not None and not isinstance(weight, (tuple, Tensor)):
         raise InvalidHyperparameter(f"{name} was given weight={weight!r}, and expects one number for each class.")
     return Loss(
         name=name,

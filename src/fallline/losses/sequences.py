@@ -41,7 +41,7 @@ def _pair(given: Parts) -> tuple[Any, Any]:
     """A tensor and the lengths in it, None where all of it counts."""
     if isinstance(given, Tensor):
         return given, None
-    if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], Tensor):
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor):
         return given[0], given[1]
     raise LossMismatch(
         f"ctc was given {given!r:.80}, and expects a tensor, or a tuple of a tensor and the lengths of its sequences."

@@ -83,7 +83,8 @@ def test_what_is_no_error_is_returned_in_the_order_of_severity() -> None:
 def test_a_loss_that_returns_more_than_the_loss() -> None:
     assert severe(lambda p, t: ((p - t).square().mean(), {"more": 1}), torch.randn(N), torch.randn(N)) == []
     inside = lambda p, t: {"loss": (p - t).square().mean()}  # noqa: E731
-    assert said(inside, torch.randn(N), torch.randn(N)) == [("error", "fails")]
+    assert severe(inside, torch.randn(N), torch.randn(N)) == []
+    assert said(lambda p, t: "much", torch.randn(N), torch.randn(N)) == [("error", "fails")]
     assert said("quantile", torch.randn(N, 3), torch.randn(N)) == [("error", "shape")]
     assert said(lambda p, t: (p - t).square(), torch.randn(N), torch.randn(N)) == [("note", "reduction")]
 
@@ -169,10 +170,12 @@ def test_saturated_and_wrong(loss: nn.Module) -> None:
         assert "saturated" in severe(loss, (300 * torch.randn(N)).tanh(), 2 * target - 1)
 
 
-def test_a_hinge_by_hand_with_zero_and_one_is_a_note() -> None:
+def test_a_hinge_by_hand_wants_signs() -> None:
     target = (torch.arange(N) % 2).float()
     hinge = lambda p, t: (1 - t * p).clamp(min=0).mean()  # noqa: E731
-    assert said(hinge, torch.randn(N), target) == [("note", "target-coding")]
+    assert "target-coding" in [code for _, code in said(hinge, torch.randn(N), target)]
+    shifted = lambda p, t: (1.5 - t * p).clamp(min=0).pow(1.5).mean()  # noqa: E731
+    assert said(shifted, torch.randn(N), target) == [("note", "target-coding")]  # like no loss that is known
     assert said(hinge, torch.randn(N), 2 * target - 1) == []
 
 
@@ -299,7 +302,7 @@ def test_a_score_that_is_minimised(name: str) -> None:
 
 def test_a_forgotten_minus_of_classes_and_of_yes_and_no() -> None:
     logits, yes = torch.randn(N, 5), (torch.arange(N) % 2).float()
-    assert said(lambda p, t: -functional.cross_entropy(p, t), logits, classes()) == [("error", "rewards-errors")]
+    assert said(lambda p, t: -functional.cross_entropy(p, t), logits, classes()) == [("warning", "rewards-errors")]
     likelihood = lambda p, t: p.log_softmax(1).gather(1, t[:, None]).mean()  # noqa: E731
     assert severe(likelihood, logits, classes()) == ["rewards-errors"]
     binary = lambda p, t: (t * functional.logsigmoid(p) + (1 - t) * functional.logsigmoid(-p)).mean()  # noqa: E731

@@ -31,9 +31,14 @@ from fallline.losses.misuse.types import not_a_tensor, type_findings
 def check(loss: object, prediction: Any, target: Any = None, model: nn.Module | None = None) -> list[Finding]:
     """What is wrong, or worth knowing, about a loss and what it is given: errors first, then warnings, then notes.
 
-    It looks at shapes, types, domains and values, and computes the loss and its gradient once, aside: nothing that it
-    is given is changed, no gradient is left behind, no generator of random numbers is advanced, nothing is printed. A
-    batch of 64 takes a few milliseconds.
+    It looks at shapes, types, domains and values, and computes the loss and its gradient aside, on copies: nothing that
+    it is given is changed, no gradient is left behind, no hook of the prediction or of a parameter is called, no
+    generator of random numbers is advanced, nothing is printed. A batch of 64 takes a few milliseconds.
+
+    A callable of which nothing is known is called some ten times; what it counts or keeps outside the buffers of a
+    module, it counts that often. Hooks and `retain_grad` of hidden activations act when `model` is given, and when the
+    loss is one that differentiates with respect to inputs, which only the prediction's own graph can show. The
+    gradients of a model with backward hooks of modules are not looked at, nor are nested tensors.
 
     A finding of severity "error" says that what is computed cannot be what is meant. How much is said depends on how
     much there is to see: 64 numbers between 0 and 1 are probabilities, three of them are not.
@@ -55,6 +60,8 @@ def check(loss: object, prediction: Any, target: Any = None, model: nn.Module | 
     >>> found.severity, found.code, found.fix
     ('error', 'double-softmax', 'prediction = logits  # as the last linear layer gives them, without the softmax')
     """
+    if any(part.is_nested for part in [*tensors(prediction), *tensors(target)]):
+        return []  # few steps work on them, and the values of none can be read here
     try:
         case = recognised(given(loss, prediction, target, model))
     except UnknownName as reason:
@@ -88,6 +95,8 @@ def _findings(case: Given) -> Iterator[Finding]:
     if any(found.severity == "error" for found in results):
         return
     yield from model_findings(case, outcome)
+    if outcome.connected is not None:
+        return  # of other predictions there is no such graph
     if not case.known or "losses" in case.settings:  # those with a meaning of their own point the right way
         yield from _of_callables(case, outcome)
 

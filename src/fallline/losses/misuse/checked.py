@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fallline.errors import LossMismatch, LossMisused
+from fallline.errors import InvalidHyperparameter, LossMismatch, LossMisused
 from fallline.losses.base import Loss
 from fallline.losses.misuse.check import check, refusal
 from fallline.losses.misuse.given import tensors
@@ -115,13 +116,15 @@ def checked(loss: L, batches: int = 3) -> L:
     nothing is left of it. A function is called through one attribute more.
 
     Inside `torch.compile`, `torch.vmap` and `torch.func.grad` there are no values to look at: such calls are passed on,
-    and do not count.
+    and do not count. `torch.jit.script` takes a module after its last check. A callable of which nothing is known is
+    called some ten times by each check: see `check`.
 
     Args:
         loss: what `check` takes: one of fallline's, a name, a torch module or function, any callable.
-        batches: how many calls are checked, ≥ 0.
+        batches: how many calls are checked, ≥ 0; 0 gives back the loss as it is.
 
     Raises:
+        InvalidHyperparameter: if `batches` is no whole number ≥ 0.
         UnknownName: if `loss` is no loss.
 
     >>> criterion = checked(torch.nn.MSELoss())
@@ -133,6 +136,8 @@ def checked(loss: L, batches: int = 3) -> L:
     fallline.errors.LossMismatch: MSELoss was given a prediction of shape [4, 1] and a target of shape [4], ...
     """
     made = understood(loss)
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
+        raise InvalidHyperparameter(f"checked() was given batches={batches!r}, and expects a whole number ≥ 0.")
     if batches < 1:
         return cast(L, made) if isinstance(loss, str) else loss
     if isinstance(loss, nn.Module):
@@ -161,6 +166,7 @@ class CheckedForward:
         if not _hidden((*arguments, *keywords.values())):
             bare = plain.__new__(plain)
             bare.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
+            bare.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
             self.watch.look(bare, arguments, keywords)
             if self.watch.left <= 0 and module.__dict__.get("forward") is self:
                 del module.__dict__["forward"]
@@ -216,6 +222,10 @@ class CheckedFunction(partial):  # type: ignore[type-arg]
         if name == "watch":
             raise AttributeError(name)
         return getattr(self.func, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name == "watch" or name.startswith("__") or not hasattr(self.func, "__dict__")
+        object.__setattr__(self, name, value) if own else setattr(self.func, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return checked, (self.bare, self.watch.left if self.watch is not None else 0)

@@ -79,7 +79,10 @@ def _sound(outcome: Computed) -> bool:
 
 def _of_copies(given: Given, prediction: Any, target: Any, whole: bool) -> Computed:
     call = _callable(given.loss)
-    copies = (lambda value: value) if _is_gentle(given.loss) else _copies
+    gentle = _is_gentle(given)
+
+    def copies(value: Any) -> Any:
+        return _copies(value, all_of_it=not gentle)
 
     def against(other: Any, goal: Any) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), _untouched(given), warnings.catch_warnings():
@@ -93,10 +96,12 @@ def _of_copies(given: Given, prediction: Any, target: Any, whole: bool) -> Compu
         warnings.simplefilter("ignore")
         leaves = _leaves(prediction)
         # Copies of the leaves, which a loss may change in place.
-        passed = leaves if _is_gentle(given.loss) else _copies(leaves)
+        passed = copies(leaves)
         variables = [each for each in tensors(leaves) if each.requires_grad]
-        found = _differentiated(call, passed, copies(target), variables, keep=False)
-        return Computed(*found, again, against, whole)
+        value, shape, gradients, failure, returned, _ = _differentiated(
+            call, passed, copies(target), variables, keep=False
+        )
+        return Computed(value, shape, gradients, failure, returned, again, against, whole)
 
 
 def _of_the_graph(given: Given, before: Computed) -> Computed:
@@ -115,19 +120,21 @@ def _of_the_graph(given: Given, before: Computed) -> Computed:
         return part if part.requires_grad else _copies(value)
 
     parameters = list(given.model.parameters()) if given.model is not None else []
-    with quietly(*parts, *parameters), torch.inference_mode(False), torch.enable_grad(), _untouched(given):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            passed, target = _copies(given.graph), with_graph(given.target)
-            saved = [(part, part._version, part.detach().clone()) for part in parts]
-            variables = [each for each in tensors(passed) if each.requires_grad]
-            value, shape, gradients, failure, returned, total = _differentiated(
-                _callable(given.loss), passed, target, variables, keep=True
-            )
-            with torch.no_grad():
-                for part, version, was in saved:
-                    if part._version != version:
-                        part.data.copy_(was)
+    with contextlib.ExitStack() as stack:
+        for context in (quietly(*parts, *parameters), torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        stack.enter_context(_untouched(given))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        passed, target = _copies(given.graph), with_graph(given.target)
+        saved = [(part, part._version, part.detach().clone()) for part in parts if part.requires_grad]
+        variables = [each for each in tensors(passed) if each.requires_grad]
+        value, shape, gradients, failure, returned, total = _differentiated(
+            _callable(given.loss), passed, target, variables, keep=True
+        )
+        for part, version, was in saved:
+            if part._version != version:
+                part.data.copy_(was)
     if failure is not None or total is None:
         return before if before.failure is None else replace(before, failure=failure or before.failure)
     return replace(
@@ -137,24 +144,22 @@ def _of_the_graph(given: Given, before: Computed) -> Computed:
 
 def _differentiated(
     call: Callable[[Any, Any], Any], prediction: Any, target: Any, variables: list[Tensor], *, keep: bool
-) -> Any:
-    """The first five fields of `Computed`; with `keep`, the loss with its graph as well, where it has one."""
-    end: tuple[Any, ...] = (None,) if keep else ()
+) -> tuple[Tensor | None, tuple[int, ...], tuple[Tensor | None, ...], Exception | None, str, Tensor | None]:
+    """The first five fields of `Computed`, and the loss with its graph, which `keep` keeps."""
     try:
         value = _first_of(call(prediction, target))
     except Exception as failure:
-        return None, (), (), failure, "", *end
+        return None, (), (), failure, "", None
     if not isinstance(value, Tensor):
-        return None, (), (), None, type(value).__name__, *end
+        return None, (), (), None, type(value).__name__, None
     shape, total = tuple(value.shape), _total(value)
     gradients: tuple[Tensor | None, ...] = tuple(None for _ in variables)
     if total.requires_grad and variables:
         try:
             gradients = tuple(torch.autograd.grad(total, variables, allow_unused=True, retain_graph=keep))
         except Exception as failure:
-            return total.detach(), shape, (), failure, "", *end
-    end = (total if total.requires_grad else None,) if keep else ()
-    return total.detach(), shape, gradients, None, "", *end
+            return total.detach(), shape, (), failure, "", None
+    return total.detach(), shape, gradients, None, "", total if total.requires_grad else None
 
 
 @contextlib.contextmanager
@@ -200,9 +205,12 @@ def _total(value: Tensor) -> Tensor:
     return value if value.ndim == 0 else value.sum()
 
 
-def _is_gentle(loss: Loss) -> bool:
-    """Whether it is known to change nothing in place: fallline's losses, and torch's own."""
-    return loss.whole is None or str(getattr(loss.whole, "__module__", "")).startswith("torch.nn.")
+def _is_gentle(given: Given) -> bool:
+    """Whether the loss is known to change nothing in place: one of fallline's or torch's own."""
+    whole = given.loss.whole
+    if whole is None:
+        return "losses" not in given.settings  # a sum may hold any callable
+    return str(getattr(whole, "__module__", "")).startswith("torch.nn.")
 
 
 def _callable(loss: Loss) -> Callable[[Any, Any], Any]:
@@ -285,13 +293,13 @@ def _leaves(value: Any) -> Any:
     return (value.clone() if value.is_inference() else value).detach().requires_grad_(floating)
 
 
-def _copies(value: Any) -> Any:
-    """The same in other memory; a copy of what has a gradient passes it on."""
+def _copies(value: Any, *, all_of_it: bool = True) -> Any:
+    """The same in other memory, a copy of what has a gradient passing it on; or of inference tensors only."""
     if isinstance(value, tuple):
-        return tuple(_copies(each) for each in value)
+        return tuple(_copies(each, all_of_it=all_of_it) for each in value)
     if isinstance(value, dict):
-        return {name: _copies(each) for name, each in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
+        return {name: _copies(each, all_of_it=all_of_it) for name, each in value.items()}
+    return value.clone() if isinstance(value, Tensor) and (all_of_it or value.is_inference()) else value
 
 
 @contextlib.contextmanager

@@ -1,25 +1,28 @@
 """A loss that falls when predictions get worse: a forgotten minus, a similarity that is minimised.
 
-The evidence is unanimous: for every sample of the batch, a small step of the prediction towards its target raises the
-loss. A sum over pairs, a critic or a ranking may do so for some samples; for all of them only the wrong sign does.
-Neighbours: `computing`, which computes values and gradients.
+Where the target is a real number, the evidence is unanimous: for every sample of the batch a small step of the
+prediction towards its target raises the loss, and so it goes on either side of the targets. A sum over pairs, a critic
+or a ranking may do so for some samples; for all of them only the wrong sign does. Of labels that is no evidence:
+distances, energies, complementary labels and negative rewards push away from them on purpose. There the loss has to be
+minus a loss that is known, but for a factor and a constant.
+Neighbours: `computing`, which computes values and gradients; `scores`, which knows what is minus what.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fallline.losses.base import Prediction
 from fallline.losses.misuse.computing import Computed
-from fallline.losses.misuse.finding import Finding, error, note, warning
+from fallline.losses.misuse.finding import Finding, note, warning
 from fallline.losses.misuse.given import Given
+from fallline.losses.misuse.scores import PROBES, score_of
 
 _POINTWISE = frozenset(
     {
@@ -38,11 +41,14 @@ _FEWEST = 12
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step of the prediction towards the target: by samples, how much the loss changes per unit of it."""
+    """A step of the prediction towards the target: by samples, how much the loss changes per unit of it.
+
+    `labels` says whether the target is a label, and not a number that the prediction should become.
+    """
 
     towards: Tensor
     slopes: Tensor
-    what: str
+    labels: bool
 
 
 def direction_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
@@ -54,46 +60,60 @@ def direction_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
         return
     if any(part.requires_grad for part in given.target_graph):
         return  # a critic or a ranking of two outputs: neither is what the other should become
-    yield from _endless(given, outcome, prediction, target, outcome.gradients[0])
-    found = list(_for_each(given, outcome, prediction, target, outcome.gradients[0]))
+    gradient = outcome.gradients[0]
+    yield from _endless(given, outcome, prediction, target, gradient)
+    steps = _steps(prediction.detach(), target, gradient)
+    slopes = steps[0].slopes if steps else gradient.new_zeros(0)
+    if len(slopes) < _FEWEST or float(slopes.sum()) <= 1e-3 * float(slopes.abs().sum()):
+        return
+    if steps[0].labels:
+        found = list(_minus_a_known_loss(given, outcome, prediction, target))
+    else:
+        found = list(_for_each(given, outcome, prediction, target, steps[0]))
     yield from found or _highest_when_right(given, outcome, prediction, target)
 
 
-def _for_each(
-    given: Given, outcome: Computed, prediction: Tensor, target: Tensor, gradient: Tensor
-) -> Iterator[Finding]:
-    """Unanimous evidence: for every sample, a step towards the target raises the loss."""
-    steps = _steps(prediction.detach(), target, gradient)
-    if not steps or not _unanimous(steps[0].slopes):
-        return
-    for other in steps[1:]:  # towards the numbers 0 and 1 themselves
-        if not _unanimous(other.slopes) and (_one_sided(target) or bool((other.slopes < 0).all())):
-            return
-    step = steps[0]
-    size = 1e-2
+def _minus_a_known_loss(given: Given, outcome: Computed, prediction: Tensor, target: Tensor) -> Iterator[Finding]:
     try:
-        nearer = float(outcome.again(prediction + size * step.towards))
-        further = float(outcome.again(prediction - size * step.towards))
-        far, farther = (float(outcome.again(prediction - length * step.towards)) for length in (30, 300))
+        score = score_of(outcome.again, prediction, target)
+    except Exception:  # a callable that is made for one batch
+        return
+    if score:
+        yield warning(
+            "rewards-errors",
+            f"{given.name} gave {_number(outcome):.4g}; for {PROBES} predictions it was {score}.",
+            "It falls as predictions get worse.",
+            "return -value  # a minus, or 1 - similarity, is missing",
+        )
+
+
+def _number(outcome: Computed) -> float:
+    return float(outcome.value) if outcome.value is not None else math.nan
+
+
+def _for_each(given: Given, outcome: Computed, prediction: Tensor, target: Tensor, step: Step) -> Iterator[Finding]:
+    """Unanimous evidence: for every sample, a step towards the target raises the loss, from either side of it."""
+    if not _unanimous(step.slopes):
+        return
+    goal = prediction + step.towards
+    try:
+        values = {
+            length: float(outcome.again(goal - length * step.towards)) for length in (-2, -1, -0.5, 0.5, 1, 2, 30, 300)
+        }
     except Exception:
         return
-    here = float(outcome.value) if outcome.value is not None else math.nan
-    if not further < here < nearer:
-        return
-    count = len(step.slopes)
-    negated = _negated(prediction, target, here, outcome)
-    endless = math.isfinite(farther) and farther < far < 0 and farther < here
-    make = error if negated and endless and count >= 16 else warning
-    never_negative = min(here, nearer, further, far, farther) >= 0
-    if never_negative and (float(prediction.min()) >= 0 if len(steps) > 1 else target.is_floating_point()):
-        make = note  # of distances, 1 may stand for near; and what is no target may be kept away from
-    seen = (
-        f"{given.name} gave {here:.4g}; a small step of every prediction {step.what} raises it to {nearer:.4g}, and a "
-        f"step away lowers it to {further:.4g}, for each of {count} of them."
+    margin = 1e-4 * max(abs(values[length]) for length in (-2, 2))
+    for lengths in ((0.5, 1, 2), (-0.5, -1, -2)):
+        if not all(values[near] - values[far] > margin for near, far in pairwise(lengths)):
+            return
+    make = note if min(values.values()) >= 0 else warning  # what is no target may be kept away from
+    yield make(
+        "rewards-errors",
+        f"{given.name} gave {values[1]:.4g}; half-way to the targets it is {values[0.5]:.4g}, and twice as far from "
+        f"them {values[2]:.4g}; towards its target it rises for each of {len(step.slopes)}.",
+        "It falls as predictions get worse" + (", without end." if values[300] < values[30] < 0 else "."),
+        "return -value  # a minus, or 1 - similarity, is missing",
     )
-    why = "It falls as predictions get worse"
-    why += f": it is minus {negated}, and has no lower bound." if negated else ", without end." if endless else "."
-    yield make("rewards-errors", seen, why, "return -value  # a minus, or 1 - similarity, is missing")
 
 
 def _unanimous(slopes: Tensor) -> bool:
@@ -118,8 +138,9 @@ def _highest_when_right(given: Given, outcome: Computed, prediction: Tensor, tar
             ladders.append([float(outcome.again(probe)) for probe in probes])
     except Exception:
         return
-    falls = all(math.isfinite(ladder[0]) and all(a > b for a, b in pairwise(ladder)) for ladder in ladders)
     here, best = float(outcome.value), ladders[0][0]
+    margin = 1e-5 * max(abs(each) for each in ladders[0])
+    falls = all(math.isfinite(ladder[0]) and all(a - b > margin for a, b in pairwise(ladder)) for ladder in ladders)
     if falls and here < best:
         # What is never negative may also push away on purpose.
         opposite = float(outcome.again(-target.to(prediction.dtype)))
@@ -169,27 +190,23 @@ def _steps(prediction: Tensor, target: Tensor, gradient: Tensor) -> list[Step]:
         if target.numel() != prediction.numel() or target.squeeze().shape != prediction.squeeze().shape:
             return []
         target = target.reshape(prediction.shape)
-    if prediction.ndim == 0 or target.is_complex():
+    if prediction.ndim == 0 or target.is_complex() or prediction.is_complex():
         return []
     goal = target.to(prediction.dtype)
-    binary = bool(((target == 0) | (target == 1)).all())
-    signs = bool(((target == -1) | (target == 1)).all())
+    if bool(((target == 0) | (target == 1)).all()):
+        return [_step(2 * goal - 1, gradient, labels=True)]
+    if bool(((target == -1) | (target == 1)).all()):
+        return [_step(goal, gradient, labels=True)]
     away = goal - prediction
-    steps = [_step(away, gradient, "towards its target")]
-    if binary or signs:
-        side = 2 * goal - 1 if binary else goal
-        steps.insert(0, _step(side, gradient, "to the side of its target"))
-    if not bool(torch.isfinite(away).all()):
-        return []
-    return steps
+    return [_step(away, gradient, labels=whole)] if bool(torch.isfinite(away).all()) else []
 
 
-def _step(towards: Tensor, gradient: Tensor, what: str) -> Step:
+def _step(towards: Tensor, gradient: Tensor, *, labels: bool) -> Step:
     each = (towards * gradient).double()
     if towards.ndim == 1 or bool((each > 0).all()):
-        return Step(towards, each[towards != 0].flatten(), what)
+        return Step(towards, each[towards != 0].flatten(), labels)
     moved = towards.abs().flatten(1).sum(1) > 0
-    return Step(towards, each.flatten(1).sum(1)[moved], what)
+    return Step(towards, each.flatten(1).sum(1)[moved], labels)
 
 
 def _towards_class(prediction: Tensor, target: Tensor, gradient: Tensor) -> list[Step]:
@@ -204,36 +221,4 @@ def _towards_class(prediction: Tensor, target: Tensor, gradient: Tensor) -> list
     index = torch.where(inside, target, 0).long().unsqueeze(axis)
     chosen = gradient.gather(axis, index).squeeze(axis)[inside].double()
     towards = torch.zeros_like(prediction).scatter(axis, index, inside.to(prediction.dtype).unsqueeze(axis))
-    return [Step(towards, chosen[chosen != 0] if bool(chosen.any()) else chosen, "towards its class")]
-
-
-def _negated(prediction: Tensor, target: Tensor, here: float, outcome: Computed) -> str:
-    """The name of the usual loss whose negative this is, or ""."""
-    named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "cross_entropy": functional.cross_entropy,
-        "nll": functional.nll_loss,
-        "mse": functional.mse_loss,
-        "l1": functional.l1_loss,
-        "smooth_l1": functional.smooth_l1_loss,
-        "binary_cross_entropy_with_logits": functional.binary_cross_entropy_with_logits,
-    }
-    moved = prediction.clone()
-    moved[::2] += 0.1
-    moved.flatten()[0] += 0.2
-    there = float(outcome.again(moved))
-    goal = target
-    if target.ndim and target.numel() == prediction.numel() and target.ndim != prediction.ndim - 1:
-        goal = target.reshape(prediction.shape).to(prediction.dtype)
-    for name, function in named.items():
-        if goal.shape != prediction.shape and name not in ("cross_entropy", "nll"):
-            continue
-        try:
-            one, other = float(function(prediction, goal)), float(function(moved, goal))
-        except (RuntimeError, ValueError, IndexError):
-            continue
-        if not (math.isfinite(one) and math.isfinite(other)) or one <= 0 or one == other:
-            continue
-        factor = here / one
-        if factor < 0 and math.isclose(there, factor * other, rel_tol=1e-4):
-            return name
-    return ""
+    return [Step(towards, chosen[chosen != 0] if bool(chosen.any()) else chosen, True)]

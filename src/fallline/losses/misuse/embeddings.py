@@ -20,6 +20,8 @@ _LIVE = "embeddings = model(x)  # check what comes before: a constant input, a d
 
 def embedding_findings(given: Given) -> Iterator[Finding]:
     """What is wrong with vectors."""
+    if given.expects == Target.NOTHING:
+        yield from _labels_for_nothing(given)
     if given.wants == Prediction.EMBEDDINGS:
         parts = [part for part in tensors(given.prediction) if part.is_floating_point()]
         for part in parts:
@@ -72,6 +74,27 @@ def _twice(given: Given, parts: list[Tensor]) -> Iterator[Finding]:
             )
 
 
+def _labels_for_nothing(given: Given) -> Iterator[Finding]:
+    """Labels beside one output for each class: of a loss without a target, they are left out of it."""
+    if given.pair is None:
+        return
+    prediction, labels = given.pair
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1 or prediction.ndim != 2:
+        return
+    count, classes = prediction.shape
+    if len(labels) != count or count < 4 or not 0 <= given.target_range[0] <= given.target_range[1] < classes:
+        return
+    distinct = len(labels.unique())
+    if 2 <= distinct < count and classes <= 1.25 * (given.target_range[1] + 1):  # outputs as many as classes
+        yield warning(
+            "ignored-target",
+            f"{given.name} was given a prediction of shape {shape(prediction)} and {count} labels of {distinct} "
+            "classes, and takes no target.",
+            "The labels are left out of it: nothing of them is learnt.",
+            "loss = torch.nn.CrossEntropyLoss()  # or fl.losses.supervised_contrastive(), for embeddings with labels",
+        )
+
+
 def _same_outputs(given: Given, prediction: Tensor) -> Iterator[Finding]:
     """One output repeated for every class: no class can be more likely than another."""
     if prediction.ndim < 2 or len(prediction) < 8 or prediction.shape[1] < 2 or not prediction.is_floating_point():
@@ -84,5 +107,5 @@ def _same_outputs(given: Given, prediction: Tensor) -> Iterator[Finding]:
             f"{given.name} was given {prediction.shape[1]} outputs that are the same number in each of "
             f"{len(prediction)} samples.",
             "A softmax of equal logits is uniform whatever they are: one output was repeated, or broadcast.",
-            f"torch.nn.Linear(…, {prediction.shape[1]})  # an output of its own for each class",
+            f"torch.nn.LazyLinear({prediction.shape[1]})  # the last layer: an output of its own for each class",
         )

@@ -5,19 +5,23 @@ Neighbours: `computing` computes it; `direction` says whether the gradient point
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fallline.errors import LossMismatch
 from fallline.losses.base import Prediction, Target
-from fallline.losses.misuse.computing import Computed
+from fallline.losses.misuse.computing import Computed, computed, quietly
 from fallline.losses.misuse.finding import Finding, error, note, warning
 from fallline.losses.misuse.given import Given, extremes, shape, tensors, thinned
 from fallline.losses.misuse.origin import hides_parameters
 
+_TENSOR = re.compile(r"\(?tensor\([\[\]\d\s.,e+-]*?(?:\)|(?=,\s+and ))")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -40,7 +44,7 @@ def not_finite_findings(given: Given) -> Iterator[Finding]:
             yield make(
                 "not-finite",
                 f"{given.name} was given a {word} of which {count} of {part.numel()} values are {what}.",
-                "One of them makes the loss and every gradient NaN.",
+                "One of them makes the loss NaN or infinite, and a step of training makes every parameter so.",
                 f"assert torch.isfinite({word}).all()"
                 if word == "prediction"
                 else "keep = torch.isfinite(target)  # loss(prediction[keep], target[keep])",
@@ -75,13 +79,13 @@ def computed_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
         return
     gradients = [gradient for gradient in outcome.gradients if gradient is not None]
     if not gradients:
-        if outcome.gradients:
+        if outcome.gradients and outcome.connected is None:
             yield error(
                 "detached",
                 f"{given.name} gave {value:.4g}, which does not depend on the prediction by any differentiable step.",
                 "No gradient flows back: .item(), argmax, a comparison, detach() or numpy cut it, or only the target "
                 "was used.",
-                "return (prediction - target).square().mean()  # only differentiable steps, from the prediction on",
+                f"return {_differentiable(given)}  # only differentiable steps, from the prediction on",
             )
         return
     if not all(_finite(gradient) for gradient in gradients):
@@ -97,6 +101,14 @@ def computed_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
     yield from _saturated(given)
 
 
+def _differentiable(given: Given) -> str:
+    """A loss that can be computed of such tensors."""
+    pair = given.pair
+    if pair is not None and not pair[1].is_floating_point() and pair[0].ndim == pair[1].ndim + 1:
+        return "torch.nn.functional.cross_entropy(prediction, target)"
+    return "(prediction - target).square().mean()"
+
+
 def _finite(tensor: Tensor) -> bool:
     if tensor.is_complex():
         return bool(torch.isfinite(tensor).all())
@@ -104,20 +116,30 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _failed(given: Given, failure: Exception) -> Finding:
-    words = " ".join(str(failure).split()) or type(failure).__name__
+    words = " ".join(_TENSOR.sub("tensors", str(failure)).split()) or type(failure).__name__
     code = "fails"
-    fix = "loss(prediction, target)  # see the reason"
+    fix = "loss(prediction, target)  # run it alone, on this batch, and mend what it complains of"
     if isinstance(failure, LossMismatch):
         code = "broadcast" if "broadcast" in words else "shape" if "shape" in words else "fails"
         pieces = words.split(". ")
-        fix = pieces[-1].rstrip(".") if len(pieces) > 1 else fix
+        if len(pieces) > 1:
+            fix = _as_code(pieces[-1].rstrip("."))
         return error(code, words, "The loss cannot be computed.", fix)
     return error(
         code,
-        f"{given.name} raised {type(failure).__name__}: {words[:300]}",
+        f"{given.name} raised {type(failure).__name__}: {words[:300].rstrip('.')}.",
         "The loss cannot be computed from this prediction and this target.",
         fix,
     )
+
+
+def _as_code(advice: str) -> str:
+    """A line of code as it is; a sentence as a remark to one."""
+    try:
+        ast.parse(advice)
+    except SyntaxError:
+        return f"prediction = model(x)  # {advice[:1].lower()}{advice[1:]}"
+    return advice
 
 
 def _not_finite(given: Given, value: float) -> Iterator[Finding]:
@@ -186,18 +208,16 @@ def callable_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
     if pair is None or first is None or first.ndim == 0 or len(first) < 8:
         return
     prediction, target = pair
-    size = float(gradients[0].abs().max()) * float(prediction.abs().max()) * prediction.numel()
     try:
-        if size < 1e-3 * abs(value):
-            others = [float(outcome.again(other)) for other in (-prediction, 1.5 * prediction.roll(1, 0))]
-            if all(math.isclose(other, value, rel_tol=1e-5) for other in others):
-                yield warning(
-                    "zero-gradient",
-                    f"{given.name} gave {value:.4g}, also for quite other predictions.",
-                    "It does not depend on them: what is computed is a constant, such as the sum of a softmax.",
-                    "return torch.nn.functional.cross_entropy(prediction, target)  # a loss that depends on both",
-                )
-                return
+        if _only_rounding(given, gradients[0], value):
+            yield warning(
+                "zero-gradient",
+                f"{given.name} gave {value:.4g}, and a gradient of {float(gradients[0].abs().max()):.1g} that "
+                "is nothing but rounding: in another precision it is another one.",
+                "It does not depend on the predictions: what is computed is a constant, such as the sum of a softmax.",
+                "return torch.nn.functional.cross_entropy(prediction, target)  # a loss that depends on both",
+            )
+            return
         if target.ndim and not outcome.shape and len(target) == len(prediction) and prediction.numel() <= 1 << 20:
             half = len(prediction) // 2
             parts = [(prediction[:half], target[:half]), (prediction[half:], target[half:])]
@@ -224,6 +244,23 @@ def callable_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
             )
 
 
+def _only_rounding(given: Given, gradient: Tensor, value: float) -> bool:
+    """Whether the gradient is an error of rounding, which shrinks or grows with the precision of the numbers."""
+    prediction, target = given.prediction, given.target
+    if not isinstance(prediction, Tensor) or prediction.dtype not in (torch.float32, torch.float64):
+        return False
+    largest = float(gradient.abs().max())
+    if largest * float(prediction.abs().max()) * prediction.numel() > 1e-3 * abs(value):
+        return False
+    other = torch.float64 if prediction.dtype == torch.float32 else torch.float32
+    goal = target.to(other) if isinstance(target, Tensor) and target.is_floating_point() else target
+    again = computed(replace(given, prediction=prediction.to(other), target=goal))
+    if not again.gradients or again.gradients[0] is None:
+        return False
+    there = float(again.gradients[0].abs().max())
+    return there < 1e-4 * largest if other == torch.float64 else largest < 1e-4 * there
+
+
 def _saturated(given: Given) -> Iterator[Finding]:
     """Predictions at the end of [0, 1] or [−1, 1] and wrong: a sigmoid or tanh passes no gradient there."""
     pair = given.pair
@@ -240,8 +277,9 @@ def _saturated(given: Given) -> Iterator[Finding]:
     ends = (prediction - least < 1e-6 * span) | (most - prediction < 1e-6 * span)
     wrong = ends & ((prediction - target).abs() > 0.99 * span)
     count = int(wrong.sum())
-    if low == high == 0 or not (high - low > 0.99 * span or float(ends.double().mean()) > 0.5):
-        return  # a layer that starts at 0, or a ReLU
+    asleep = low == high == 0 and given.wants != Prediction.PROBABILITIES  # a layer that starts at 0, or a ReLU
+    if asleep or not (high - low > 0.99 * span or float(ends.double().mean()) > 0.5):
+        return
     if count and count >= 0.01 * prediction.numel():
         yield warning(
             "saturated",
@@ -283,7 +321,12 @@ def model_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
                 "prediction = model(x)  # without detach() or no_grad",
             )
         return
-    if outcome.value is None or len(outcome.gradients) != len(outputs):
+    if outcome.value is None or any(each._backward_hooks or each._backward_pre_hooks for each in model.modules()):
+        return  # hooks of modules, which cannot be kept from acting
+    if outcome.connected is not None:
+        yield from _moved(given, model, trained, live, outcome.connected)
+        return
+    if len(outcome.gradients) != len(outputs):
         return
     pairs = [
         (part, gradient)
@@ -294,16 +337,19 @@ def model_findings(given: Given, outcome: Computed) -> Iterator[Finding]:
         return
     if not all(_finite(gradient) for _, gradient in pairs):
         return
+    with torch.inference_mode(False), torch.enable_grad():
+        # As grad_outputs, the gradients would make torch import a second's worth of modules.
+        products = [(part * gradient.to(part.dtype)).sum() for part, gradient in pairs]
+    yield from _moved(given, model, trained, live, sum(products[1:], products[0]))
+
+
+def _moved(
+    given: Given, model: nn.Module, trained: list[tuple[str, nn.Parameter]], live: list[Tensor], total: Tensor
+) -> Iterator[Finding]:
+    parameters = [parameter for _, parameter in trained]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            # As grad_outputs, the gradients would make torch import a second's worth of modules.
-            products = [(part * gradient.to(part.dtype)).sum() for part, gradient in pairs]
-            found = torch.autograd.grad(
-                sum(products[1:], products[0]),
-                [parameter for _, parameter in trained],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        with quietly(*live, *parameters), torch.inference_mode(False), torch.enable_grad():
+            found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError:  # the graph was freed, or holds something that has no such gradient
         return
     yield from _judged(
@@ -344,7 +390,8 @@ def _judged(given: Given, model: nn.Module, found: list[tuple[str, Tensor, Tenso
             "zero-gradient",
             f"{len(missing)} of {len(found)} parameters are not part of the prediction: {_named(missing)}.",
             "They never move: a layer is not called, or its output is not used or detached.",
-            f"model.{missing[0].rsplit('.', 1)[0]}.requires_grad_(False)  # if that is meant",
+            f"model.get_parameter({missing[0]!r})  # call its layer in forward, without detach(); or let it rest, with "
+            "requires_grad_(False)",
         )
     # A parameter of zeros with a gradient explains what gets none behind it: the last layer that starts at 0, LoRA's
     # B, a residual branch's gain. Zero biases hold nothing back.
@@ -356,16 +403,46 @@ def _judged(given: Given, model: nn.Module, found: list[tuple[str, Tensor, Tenso
     still = [name for name, _, gradient in found if gradient is not None and not bool(gradient.any())]
     if not still or holding or _holds_frozen_zeros(model):
         return
-    moving = {name.rsplit(".", 1)[0] for name, _, gradient in found if gradient is not None and bool(gradient.any())}
-    still = [name for name in still if name.rsplit(".", 1)[0] not in moving]
-    if still:
-        make = error if len(still) + len(missing) == len(found) else warning
-        yield make(
-            "zero-gradient",
-            f"The gradient of {len(still)} of {len(found)} parameters is exactly 0: {_named(still)}.",
-            "They never move: dead or saturated units, weights that all start at 0, or a step whose derivative is 0.",
-            "torch.nn.init.kaiming_normal_(layer.weight)  # no zeros, no saturated sigmoids, no round or sign",
-        )
+    moving = {name.rpartition(".")[0] for name, _, gradient in found if gradient is not None and bool(gradient.any())}
+    still = [name for name in still if name.rpartition(".")[0] not in moving]
+    if not still:
+        return
+    if len(still) + len(missing) == len(found):
+        make = error
+    else:
+        make = warning if _nothing_gets_through(found) or _first_layer_is_dead(found) else note
+    first = given.first
+    flat = first is not None and bool((first == first.round()).all())
+    ends = flat and first is not None and bool((first.abs() <= 1).all())
+    yield make(
+        "zero-gradient",
+        f"The gradient of {len(still)} of {len(found)} parameters is exactly 0: {_named(still)}.",
+        "An expert that no sample of this batch was sent to, or what cancels out, is like that; dead or saturated "
+        "units never move again."
+        if make is note
+        else "They never move: dead or saturated units, weights that all start at 0, or a step whose derivative is 0.",
+        "x = (x - x.mean(0)) / x.std(0)  # inputs of this size saturate; or logits, without the sigmoid, round or sign"
+        if ends
+        else "prediction = model(x)  # without round, sign or a comparison"
+        if flat
+        else "torch.nn.init.kaiming_normal_(layer.weight)  # no zeros, no saturated sigmoids, no round or sign",
+    )
+
+
+def _nothing_gets_through(found: list[tuple[str, Tensor, Tensor | None]]) -> bool:
+    """Whether biases alone have a gradient: no layer passes on anything of the input."""
+    matrices = [gradient for _, parameter, gradient in found if parameter.ndim >= 2 and gradient is not None]
+    return bool(matrices) and not any(bool(gradient.any()) for gradient in matrices)
+
+
+def _first_layer_is_dead(found: list[tuple[str, Tensor, Tensor | None]]) -> bool:
+    """Whether the layer nearest to the input stands still, and is not one of several alike, of which others move."""
+    _, first, gradient = found[0]
+    if gradient is None or first.ndim < 2 or bool(gradient.any()):
+        return False
+    return not any(
+        parameter.shape == first.shape and each is not None and bool(each.any()) for _, parameter, each in found[1:]
+    )
 
 
 def _holds_frozen_zeros(model: nn.Module) -> bool:

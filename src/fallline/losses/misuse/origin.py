@@ -6,15 +6,18 @@ bias differ: 1 for each logit, p·(1 − p) for each probability. Neighbours: `p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fallline.losses.misuse.computing import quietly
 from fallline.losses.misuse.given import tensors
 
 _MOST_NODES = 20_000
+_MOST_LEAVES = 8
 Origin: TypeAlias = Literal["linear", "sigmoid", "unknown"]
 
 
@@ -27,55 +30,63 @@ def origin(prediction: Any) -> Origin:
     """
     if not isinstance(prediction, Tensor) or prediction.grad_fn is None or prediction.ndim == 0:
         return "unknown"
-    columns = prediction.shape[1] if prediction.ndim > 1 else 1
-    leaves = list(_leaves(prediction))
-    biases = [leaf for leaf in leaves if leaf.ndim == 1 and leaf.numel() == columns][:8]
-    weights = [leaf for leaf in leaves if leaf.ndim > 1 and len(leaf) == columns][:8]
+    leaves = [leaf for leaf in _leaves(prediction) if leaf.is_floating_point()]
+    biases = [leaf for leaf in leaves if leaf.ndim == 1][:_MOST_LEAVES]
+    weights = [leaf for leaf in leaves if leaf.ndim > 1][:_MOST_LEAVES]
     if not biases and not weights:
         return "unknown"
+    # Sums over all elements, however they were arranged since: plain ones, and ones that weigh extreme values more.
+    values = prediction.detach().double()
+    emphasis = ((values - values.mean()).square(), torch.ones_like(values))
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            found = torch.autograd.grad(prediction.sum(), [*biases, *weights], retain_graph=True, allow_unused=True)
+        with quietly(prediction, *biases, *weights), torch.inference_mode(False), torch.enable_grad():
+            found = [
+                torch.autograd.grad(
+                    (prediction * each.to(prediction.dtype)).sum(),
+                    [*biases, *weights],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                for each in emphasis
+            ]
     except RuntimeError:  # the graph was freed
         return "unknown"
-    values = prediction.detach().double()
     slopes = values * (1 - values)
-    each = torch.ones_like(values)
-    answers = _compared(biases, found, lambda bias, gradient: gradient, _columns(each), _columns(slopes))
-    if biases:
-        return next(answers, "unknown")
-    # Without a bias, W·∂/∂W of a sum of outputs is the sum of the layer's own outputs, each times its slope.
+    # The derivative with respect to a bias is the slope. Without a bias, W·∂/∂W of a sum of outputs is the sum of what
+    # comes out of the layer, each times its slope.
     logits = values.clamp(1e-12, 1 - 1e-12).logit()
-    along = _compared(
-        weights,
-        found,
-        lambda weight, gradient: (weight.detach().double() * gradient).flatten(1).sum(1),
-        _columns(values),
-        _columns(slopes * logits),
-    )
-    return next(along, "unknown")
+    for start, group, measured in (
+        (0, biases, (torch.ones_like(values), slopes)),
+        (len(biases), weights, (values, slopes * logits)),
+    ):
+        linear, sigmoid = (tuple(float((each * what).sum()) for each in emphasis) for what in measured)
+        for place, leaf in enumerate(group, start):
+            gradients = [each[place] for each in found]
+            sums = tuple(_along(leaf, gradient) for gradient in gradients if gradient is not None)
+            if len(sums) != len(emphasis):
+                continue
+            if _close(sums, sigmoid):
+                return "sigmoid"
+            if _proportional(sums, linear):
+                return "linear"
+    return "unknown"
 
 
-def _columns(values: Tensor) -> Tensor:
-    """The sum of each column."""
-    return values.movedim(1, 0).flatten(1).sum(1) if values.ndim > 1 else values.sum().reshape(1)
+def _along(leaf: Tensor, gradient: Tensor) -> float:
+    """A bias's derivatives altogether; a weight's, each times the weight."""
+    return float((gradient if leaf.ndim == 1 else leaf.detach() * gradient).double().sum())
 
 
-def _compared(
-    leaves: list[Tensor],
-    gradients: tuple[Tensor | None, ...],
-    measure: Callable[[Tensor, Tensor], Tensor],
-    linear: Tensor,
-    sigmoid: Tensor,
-) -> Iterator[Origin]:
-    for leaf, gradient in zip(leaves, gradients, strict=False):
-        if gradient is None:
-            continue
-        measured = measure(leaf, gradient.double())
-        if torch.allclose(measured, linear, rtol=1e-3):
-            yield "linear"
-        elif torch.allclose(measured, sigmoid, rtol=1e-2, atol=1e-6):
-            yield "sigmoid"
+def _close(sums: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    return all(math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6) for one, other in zip(sums, others, strict=True))
+
+
+def _proportional(sums: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """Whether the slope is the same for all values: a linear layer, and perhaps a factor."""
+    (one, other), (first, second) = sums, others
+    if min(abs(first), abs(second), abs(other)) < 1e-6:
+        return False
+    return math.isclose(one / first, other / second, rel_tol=1e-4)
 
 
 def hides_parameters(prediction: Any) -> bool:

@@ -181,8 +181,10 @@ def _scores(given: Given, prediction: Tensor) -> Iterator[Finding]:
 def _sigmoid(given: Given, prediction: Tensor, fix: str, taken: str) -> Iterator[Finding]:
     """Probabilities of yes where the loss takes a sigmoid (or a softmax, or the sign) itself."""
     low, high = given.prediction_range
-    if low < 0 or high > 1 or high - low < 0.01 or prediction.numel() < 16:
+    if low < 0 or high > 1 or high - low < 0.01 or prediction.numel() < 2:
         return
+    if prediction.numel() < 16 and (taken != "sigmoid" or origin(given.graph) != "sigmoid"):
+        return  # so few lie there by chance, unless their gradient tells where they come from
     part = thinned(prediction)
     if float((part == 0).double().mean()) > 0.1 and not _only_zeros_and_ones(part):
         return  # a ReLU, whose outputs happen to be small
@@ -194,7 +196,7 @@ def _sigmoid(given: Given, prediction: Tensor, fix: str, taken: str) -> Iterator
     made = origin(given.graph)
     if made == "linear" or not (made == "sigmoid" or strong or odds < -1.3 or about_half):
         return
-    make = error if (strong or made == "sigmoid") and taken == "sigmoid" else warning
+    make = error if (strong or (made == "sigmoid" and count >= 16)) and taken == "sigmoid" else warning
     effects = {
         "sigmoid": "The loss takes the sigmoid itself; taken twice, no sample can be called a clear no, and gradients "
         "are small.",
@@ -219,6 +221,14 @@ def _yes_probabilities(given: Given, prediction: Tensor) -> Iterator[Finding]:
     low, high = given.prediction_range
     slack = 1e-6 if prediction.dtype in (torch.float32, torch.float64) else 1e-2
     if low >= 0 and high <= 1 + slack * (not given.foreign):
+        single = prediction.ndim >= 2 and prediction.shape[1] == 1 and prediction.numel() >= 4
+        if low == high == 1 and single and given.target_range[0] < 1:
+            yield error(
+                "one-class",
+                f"{given.name} was given {prediction.numel()} probabilities that are all exactly 1, from one output.",
+                "A softmax over a single output is always 1, whatever the model does; yes or no takes a sigmoid.",
+                "loss = torch.nn.BCEWithLogitsLoss()  # on the logits, without the softmax",
+            )
         return
     if high <= 1e-6:
         yield error(

@@ -114,17 +114,25 @@ def _found(
         return None
     generator = torch.Generator().manual_seed(20261122)
     factors: dict[int, float] = {}
+    slope: Tensor | None = None
+    trial = first
     left = list(range(len(options)))
     for rows, domain in ((5, "unit"), (7, "real")):
         probe, goal = _probe(prediction, target, rows, domain, generator, wider)
-        value = _value(whole, probe, goal)
+        if domain == "unit":
+            trial = probe, goal
+            value, slope = _with_gradient(whole, probe, goal)
+            if value is None or slope is None:
+                return None
+        else:
+            value = _value(whole, probe, goal)
         left = [
             index
             for index in left
             if (options[index][0].domain == "unit" and domain == "real")
             or _agrees(value, _value(*_applied(options[index], probe, goal)), factors, index, 2e-5)
         ]
-        if not left or (value is None and domain == "unit"):
+        if not left:
             return None
     left = [index for index in left if index in factors]
     part, goal = _first_rows(prediction, target)
@@ -141,6 +149,9 @@ def _found(
     if not left:
         return None
     best = min(left, key=lambda index: (abs(factors[index] - 1) > 1e-4, bool(options[index][0].inside), index))
+    ours = _with_gradient(partial(_read, options[best]), *trial)[1]
+    if slope is None or ours is None or not torch.allclose(slope, factors[best] * ours, rtol=1e-3, atol=1e-6):
+        return None  # through numpy, or detached
     return *options[best], 1.0 if abs(factors[best] - 1) <= 1e-4 else factors[best]
 
 
@@ -169,9 +180,27 @@ def _value(function: Function, prediction: Tensor, target: Tensor) -> float | No
     return float(value)
 
 
+def _with_gradient(function: Function, prediction: Tensor, target: Tensor) -> tuple[float | None, Tensor | None]:
+    """What a loss gives, and its gradient with respect to the prediction; None where there is none."""
+    with torch.enable_grad():
+        variable = prediction.detach().clone().requires_grad_()
+        try:
+            value = function(variable.clone(), target.clone())
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                return None, None
+            return float(value), torch.autograd.grad(value.sum(), variable)[0]
+        except Exception:
+            return None, None
+
+
 def _applied(option: tuple[Candidate, Reading], prediction: Tensor, target: Tensor) -> tuple[Function, Tensor, Tensor]:
     candidate, reading = option
     return candidate.function, reading.prediction(prediction), reading.target(target)
+
+
+def _read(option: tuple[Candidate, Reading], prediction: Tensor, target: Tensor) -> Tensor:
+    function, part, goal = _applied(option, prediction, target)
+    return function(part, goal)
 
 
 def _probe(
@@ -301,7 +330,6 @@ def _of_elements(prediction: Tensor, target: Tensor) -> Iterator[Candidate]:
             yield Candidate("binary_cross_entropy_with_logits", logits, made)
             yield Candidate("binary_cross_entropy", partial(functional.binary_cross_entropy, **made), made, "", "unit")
         yield Candidate("soft_margin", partial(functional.soft_margin_loss, **made), made)
-        yield Candidate("hinge", partial(_hinge, made["reduction"]), made)
         yield Candidate("poisson_nll", partial(functional.poisson_nll_loss, **made), {**made, "log_input": True})
     if not alike:
         return
@@ -326,11 +354,6 @@ def _of_elements(prediction: Tensor, target: Tensor) -> Iterator[Candidate]:
             {"reduction": "mean"},
             "probabilities",
         )
-
-
-def _hinge(reduction: str, prediction: Tensor, target: Tensor) -> Tensor:
-    values = (1 - prediction * target).relu()
-    return values.mean() if reduction == "mean" else values.sum()
 
 
 def _described(given: Given, candidate: Candidate, reading: Reading, factor: float) -> Given:

@@ -19,6 +19,7 @@ from fallline.losses.base import Prediction, Target
 from fallline.losses.catalogue import registry
 from fallline.losses.misuse.finding import Finding, error, note, warning
 from fallline.losses.misuse.given import Given, kind, shape, thinned
+from fallline.losses.misuse.shapes import broadcast
 
 
 def setting_findings(given: Given) -> Iterator[Finding]:
@@ -68,6 +69,16 @@ def _refused(given: Given) -> Iterator[Finding]:
     try:
         maker(**{name: value for name, value in given.settings.items() if name in known and value is not None})
     except FalllineError as reason:
+        named = [name for name in ("weight", "pos_weight") if name in known]
+        found = [
+            each
+            for name in named
+            if (factor := _as_tensor(given.settings.get(name))) is not None
+            for each in _numbers(given, name, factor)
+        ]
+        if found:
+            yield from found
+            return
         weights = "weight=" in str(reason)
         yield (error if weights else warning)(
             "class-weights" if weights else "domain",
@@ -131,17 +142,26 @@ def _numbers(given: Given, name: str, weight: Tensor) -> Iterator[Finding]:
     if not bool(torch.isfinite(values).all()):
         yield error(
             "class-weights",
-            f"{given.name} was given {name}={[round(each, 4) for each in values.flatten().tolist()[:8]]}.",
+            f"{given.name} was given {_culprits(name, values, ~torch.isfinite(values))}.",
             "A weight that is infinite or NaN makes the loss so; a class that never occurs has no inverse frequency.",
-            f"{name} = 1 / counts.clamp(min=1)",
+            f"{name} = torch.where(torch.isfinite({name}), {name}, 1)  # or 1 / counts.clamp(min=1)",
         )
     elif bool((values < 0).any()):
         yield error(
             "class-weights",
-            f"{given.name} was given {name}={[round(each, 4) for each in values.flatten().tolist()[:8]]}.",
+            f"{given.name} was given {_culprits(name, values, values < 0)}.",
             "Under a negative weight the loss falls as predictions get worse.",
             f"{name} = {name}.abs()",
         )
+
+
+def _culprits(name: str, values: Tensor, wrong: Tensor) -> str:
+    """The wrong ones among some weights, with their places: at most five."""
+    flat, places = values.flatten(), wrong.flatten().nonzero().flatten().tolist()
+    if values.ndim == 0:
+        return f"{name}={float(flat[0]):g}"
+    listed = ", ".join(f"{name}[{place}] = {float(flat[place]):g}" for place in places[:5])
+    return listed + (f" and {len(places) - 5} more such" if len(places) > 5 else "")
 
 
 def _factors(given: Given, name: str, weight: Tensor) -> Iterator[Finding]:
@@ -152,8 +172,8 @@ def _factors(given: Given, name: str, weight: Tensor) -> Iterator[Finding]:
     if found:
         return
     try:
-        fits = torch.broadcast_shapes(weight.shape, given.first.shape) == given.first.shape
-    except RuntimeError:
+        fits = broadcast(weight.shape, given.first.shape) == tuple(given.first.shape)
+    except ValueError:
         fits = False
     if not fits:
         outputs = given.first.shape[-1] if given.first.ndim else 1

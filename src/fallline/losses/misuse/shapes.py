@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,34 @@ from fallline.losses.misuse.given import ELEMENTS, ELEMENTWISE, OVER_CLASSES, Gi
 ONE_OUTPUT = "loss = torch.nn.BCEWithLogitsLoss()  # target.to(prediction.dtype), of the prediction's shape"
 
 
+def broadcast(first: torch.Size, second: torch.Size) -> tuple[int, ...]:
+    """The shape to which two are broadcast; torch's own function imports a second's worth of modules.
+
+    Raises:
+        ValueError: if they cannot be broadcast.
+    """
+    return tuple(np.broadcast_shapes(tuple(first), tuple(second)))
+
+
+def yes_or_no(prediction: Tensor, target: Tensor) -> str:
+    """The lines that make a loss over one class one for yes or no."""
+    if target.shape == prediction.shape and target.dtype == prediction.dtype:
+        return "loss = torch.nn.BCEWithLogitsLoss()"
+    change = "target = target"
+    if target.shape != prediction.shape and target.numel() == prediction.numel():
+        change += ".reshape(prediction.shape)"
+    if target.dtype != prediction.dtype:
+        change += ".to(prediction.dtype)"
+    return f"loss = torch.nn.BCEWithLogitsLoss(); {change}"
+
+
 def shape_findings(given: Given) -> Iterator[Finding]:
     """What is wrong with the shapes."""
     yield from _empty(given)
     if given.first is None or given.labels is None or not given.first.numel() or not given.labels.numel():
         return
+    if not (given.first.is_floating_point() or given.first.is_complex()) and given.labels.is_floating_point():
+        return  # labels in the place of the prediction, which `types` reports: their shape tells nothing
     if given.wants in OVER_CLASSES and given.expects in (
         Target.CLASSES,
         Target.CLASSES_OR_PROBABILITIES,
@@ -75,7 +99,7 @@ def _empty(given: Given) -> Iterator[Finding]:
 
 
 def _sizes(given: Given, prediction: Tensor, target: Tensor) -> Finding:
-    fix = "len(prediction) == len(target)  # must hold: take both from the same batch"
+    fix = "assert len(prediction) == len(target)  # take both from the same batch"
     if prediction.ndim > 1 and prediction.shape[1] == target.shape[0]:
         fix = "prediction = prediction.transpose(0, 1)"
     return error(
@@ -108,14 +132,14 @@ def _elementwise(given: Given, prediction: Tensor, target: Tensor) -> Iterator[F
         )
         return
     try:
-        together = torch.broadcast_shapes(prediction.shape, target.shape)
-    except RuntimeError:
+        together = broadcast(prediction.shape, target.shape)
+    except ValueError:
         yield from _incomparable(given, prediction, target)
         return
-    pairs = together.numel()
+    pairs = math.prod(together)
     seen = f"{both}, and expects equal shapes."
     trailing = target.shape == prediction.shape[:-1] and prediction.shape[-1:] == (1,)
-    if trailing or together != prediction.shape:
+    if trailing or together != tuple(prediction.shape):
         why = (
             f"These would be broadcast to {list(together)}: {pairs} pairs of every prediction with every target, so "
             "that the predictions learn the mean of the targets."
@@ -155,8 +179,8 @@ def _reshape(prediction: Tensor, target: Tensor) -> str:
     if prediction.numel() == target.numel():
         return "target = target.reshape(prediction.shape)  # if the order of both is the same"
     if prediction.shape[-1:] == (1,) and target.ndim == prediction.ndim:
-        return f"torch.nn.Linear(…, {target.shape[-1]})  # as many outputs as the target has columns"
-    return "prediction.shape == target.shape  # must hold"
+        return f"torch.nn.LazyLinear({target.shape[-1]})  # the last layer: as many outputs as the target has columns"
+    return "assert prediction.shape == target.shape"
 
 
 def _without(tensor: Tensor, dimension: int) -> torch.Size:
@@ -190,7 +214,7 @@ def _incomparable(given: Given, prediction: Tensor, target: Tensor) -> Iterator[
             "shape",
             f"{both}, and expects equal shapes.",
             "The model's last layer should give as many outputs as the target has columns.",
-            f"torch.nn.Linear(…, {outputs})",
+            f"torch.nn.LazyLinear({outputs})  # the last layer",
         )
 
 
@@ -226,7 +250,7 @@ def _over_classes(given: Given, prediction: Tensor, target: Tensor) -> Iterator[
             f"{given_words}, and expects one output for each class: [N, C].",
             "One output for each sample is for yes or no (binary_cross_entropy_with_logits); here the samples of the "
             "batch would be taken for classes.",
-            ONE_OUTPUT,
+            yes_or_no(prediction, target),
         )
         return
     if prediction.shape[1] == 1:
@@ -235,7 +259,7 @@ def _over_classes(given: Given, prediction: Tensor, target: Tensor) -> Iterator[
             f"{given_words}, and expects one output for each class: there is one class, of which the probability is "
             "always 1.",
             "The loss is 0 whatever the model does. Let it give two outputs, or use a loss for yes or no.",
-            ONE_OUTPUT,
+            yes_or_no(prediction, target),
         )
         return
     expected = [prediction.shape[0], *prediction.shape[2:]]
@@ -349,7 +373,7 @@ def _misplaced(given: Given, prediction: Tensor, target: Tensor, expected: list[
             "shape",
             f"{words}.",
             "Let the model give one output for each class, and the target one label for each sample.",
-            "prediction = prediction.flatten(2).mean(2)" if prediction.ndim > 2 else "target[:, 0]",
+            "prediction = prediction.flatten(2).mean(2)" if prediction.ndim > 2 else "target = target[:, 0]",
         )
 
 

@@ -121,7 +121,7 @@ def _out_of_range(given: Given, target: Tensor, wrong: Tensor, classes: int) -> 
         fix = "ignore_index=255"
     else:
         why = f"Number the classes from 0, or give the model {int(high) + 1} outputs or more."
-        fix = f"torch.nn.Linear(…, {int(high) + 1})"
+        fix = f"torch.nn.LazyLinear({int(high) + 1})  # the last layer"
     return error(
         "label-range",
         f"{given.name} was given the label {label} (of {where}) for {classes} classes, and expects labels from 0 to "
@@ -144,9 +144,11 @@ def _imbalance(given: Given, target: Tensor, classes: int, ignore: int | None) -
 
 
 def _rare(given: Given, label: float, most: int, count: int, fix: str) -> Finding:
+    share = most / count
+    percent = f"{share:.0%}" if share < 0.99 else f"{min(math.floor(1e4 * share), 9999) / 100:g}%"
     return note(
         "imbalance",
-        f"{given.name} was given {most} targets out of {count} ({most / count:.0%}) with the value {label:g}.",
+        f"{given.name} was given {most} targets out of {count} ({percent}) with the value {label:g}.",
         "A model that always says so is right that often, and its loss is low.",
         f"{fix}  # or draw the rare ones more often; and look at more than the accuracy",
     )
@@ -286,7 +288,9 @@ def _ranks(given: Given, target: Tensor) -> Iterator[Finding]:
             f"{given.name} was given ranks from {low:g} to {high:g}, and {ranks - 1} thresholds make {ranks} ranks, 0 "
             f"to {ranks - 1}.",
             why,
-            "target = target - 1" if low >= 1 and high == ranks else f"torch.nn.Linear(…, {int(high)})",
+            "target = target - 1"
+            if low >= 1 and high == ranks
+            else f"torch.nn.LazyLinear({int(high)})  # the last layer",
         )
 
 
@@ -341,7 +345,7 @@ def _sequences(given: Given, target: Tensor) -> Iterator[Finding]:
             "The blank stands between labels, and is none." if blanks else "There is no such class.",
             "target = target + 1  # and one output more, so that 0 is left for the blank"
             if blanks
-            else f"torch.nn.Linear(…, {int(given.target_range[1]) + 1})",
+            else f"torch.nn.LazyLinear({int(given.target_range[1]) + 1})  # the last layer",
         )
 
 
@@ -407,7 +411,7 @@ def _logarithms(given: Given, target: Tensor) -> Iterator[Finding]:
 
 def _scale(given: Given, target: Tensor) -> Iterator[Finding]:
     prediction = given.first
-    if prediction is None or prediction.ndim == 0 or target.numel() < 8:
+    if prediction is None or prediction.ndim == 0:
         return
     if not prediction.is_floating_point() or prediction.shape[0] != (target.shape[0] if target.ndim else 1):
         return
@@ -415,6 +419,9 @@ def _scale(given: Given, target: Tensor) -> Iterator[Finding]:
     made = float(thinned(prediction).double().square().mean().sqrt())
     fix = "target = (target - target.mean(0)) / target.std(0)  # and undo it for predictions"
     if not (math.isfinite(goal) and math.isfinite(made)):
+        return
+    few = target.numel() < 8  # a few values may be large by chance, but not by a factor of a thousand
+    if few and goal <= 1000 * max(made, 1.0):
         return
     if goal > 10 * max(made, 1.0):
         yield (warning if goal > 100 * max(made, 1.0) else note)(

@@ -23,6 +23,10 @@ def type_findings(given: Given) -> Iterator[Finding]:
     prediction, target = given.first, given.labels
     if prediction is None:
         return
+    swapped = list(_swapped(given))
+    yield from swapped
+    if swapped:
+        return
     if not prediction.is_floating_point() and not prediction.is_complex():
         yield _not_floating(given, prediction)
         return
@@ -34,6 +38,28 @@ def type_findings(given: Given) -> Iterator[Finding]:
         yield from _floating_labels(given, target)
     elif given.expects in _NUMBERS or (given.expects == Target.CLASSES_OR_PROBABILITIES and target.is_floating_point()):
         yield from _numbers(given, prediction, target)
+
+
+def _swapped(given: Given) -> Iterator[Finding]:
+    """Outputs with a graph as the target, and labels without one as the prediction."""
+    if not given.known or given.pair is None or not isinstance(given.graph, Tensor) or given.graph.requires_grad:
+        return
+    labels, outputs = given.pair
+    if not any(part.requires_grad for part in given.target_graph) or not outputs.numel() or not labels.numel():
+        return
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    part = thinned(labels)
+    coded = whole or bool(((part == 0) | (part == 1)).all()) or bool(((part == -1) | (part == 1)).all())
+    other = thinned(outputs)
+    if not coded or bool((other == other.round()).all()):
+        return  # what else is the same either way round, or may be turned round on purpose
+    yield error(
+        "swapped",
+        f"{given.name} was given {kind(labels)} labels of shape {shape(labels)} without a gradient as its prediction, "
+        f"and as its target outputs of shape {shape(outputs)} with one.",
+        "The order is loss(prediction, target).",
+        "loss(prediction, target)  # not loss(target, prediction)",
+    )
 
 
 def _not_floating(given: Given, prediction: Tensor) -> Finding:

@@ -28,7 +28,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Cap: TypeAlias = float | Tensor | None
-ON_A_CPU, ON_A_GPU = 1 << 22, 1 << 24  # logits in a tile
+ON_A_CPU, ON_A_GPU = 1 << 21, 1 << 24  # logits in a tile
 OUTRIGHT = 1 << 22  # up to so many logits, tiles save little memory, and cost a matrix product
 HALF = (torch.float16, torch.bfloat16)
 
@@ -304,7 +304,7 @@ def _statistics_of_blocks(
     """For each block of classes [*B, N, blocks]: the greatest logit g, Σ exp(z − g), z_y if y is in the block, and for
     smoothing Σ w_c·(z_c − g) and Σ w_c."""
     if _has_kernel(hidden, weight):
-        from fallline.losses.linear_cross_entropy_triton import statistics_of_blocks
+        from fallline.losses.vocabulary_triton import statistics_of_blocks
 
         return statistics_of_blocks(hidden, weight, bias, target, class_weights, cap, smooths)
     dtype, operand = working(hidden, weight), _operand(hidden, weight)

@@ -1,8 +1,8 @@
-"""The forward pass of `linear_cross_entropy_tiles` on CUDA: one Triton kernel that never writes a logit to memory.
+"""The forward pass of `vocabulary_tiles` on CUDA: one Triton kernel that never writes a logit to memory.
 
 A program has a block of tokens and a share of the classes. It goes over the share block by block, multiplies, and keeps
 for each token the greatest logit g, Σ exp(z − g), the label's logit and Σ w_c·(z_c − g); the shares are put together by
-`linear_cross_entropy_tiles`, as its own blocks are. The backward pass is left to that file, whose matrix products are
+`vocabulary_tiles`, as its own blocks are. The backward pass is left to that file, whose matrix products are
 cuBLAS's. This file is imported where a kernel is first needed, and not before.
 """
 

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear classifier, from hidden states and the classifier's weights, without all the logits.
 
-Here are the loss and what it makes of three statistics per token; `linear_cross_entropy_tiles` computes those, and
-their gradients, tile by tile, and `linear_cross_entropy_triton` is its forward on CUDA. Neighbour: `classification`,
+Here are the loss and what it makes of three statistics per token; `vocabulary_tiles` computes those, and
+their gradients, tile by tile, and `vocabulary_triton` is its forward on CUDA. Neighbour: `classification`,
 for logits that exist.
 """
 
@@ -17,8 +17,9 @@ from torch import Generator, Tensor
 from fallline.errors import InvalidHyperparameter, LossMismatch
 from fallline.losses.arguments import number, reduced
 from fallline.losses.base import Loss, Number, Numbers, Parts, Prediction, Target, loss_maker
+from fallline.losses.classification import class_weights, label_to_ignore
 from fallline.losses.info import Invalid, LossInfo
-from fallline.losses.linear_cross_entropy_tiles import outright, statistics, tile_by_tile_pays, working
+from fallline.losses.vocabulary_tiles import outright, statistics, tile_by_tile_pays, working
 
 NAME = "linear_cross_entropy"
 
@@ -74,7 +75,7 @@ def _terms(
 def _checked(
     prediction: Parts, target: Tensor, class_weights: tuple[float, ...] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not isinstance(prediction, tuple | list) or len(prediction) not in (2, 3):
+    if not isinstance(prediction, (tuple, list)) or len(prediction) not in (2, 3):
         given = (
             f"a tensor of shape {list(prediction.shape)}" if isinstance(prediction, Tensor) else f"{prediction!r:.80}"
         )
@@ -137,16 +138,18 @@ def linear_cross_entropy(
     Prediction: (hidden states [N, …, D], classifier weight [V, D]), or those and a bias [V]. Target: class indices
     [N, …]. Also takes them in the order of `torch.nn.functional.linear_cross_entropy`: `loss(hidden, weight, target)`
     and `loss(hidden, weight, target, bias)`. Products of half-precision numbers are summed in float32, and their loss
-    is a float32 number; under `torch.autocast`, hidden states and classifier are multiplied in its type.
+    has their type; under `torch.autocast`, hidden states and classifier are multiplied in its type, and the loss is a
+    float32 number.
 
     Args:
-        weight: one number ≥ 0 for each class, shape [V]; not the classifier's weight, which is part of the prediction.
+        weight: one number for each class, shape [V], usually ≥ 0; not the classifier's weight, which is part of the
+            prediction.
         ignore_index: the label of those tokens that count for nothing.
         label_smoothing: ε from 0 to 1; a number or a 0-dimensional tensor.
         z_loss: ζ ≥ 0, often 1e-4, which keeps the normaliser log Σ exp(z) near 0; a number or a 0-dimensional tensor.
         softcap: κ > 0, which logits cannot exceed; 30 in Gemma 2; None for no cap. A number or a 0-dimensional tensor.
         chunk: how many logits may exist at once, in tokens: `chunk` · V of them (their tile may have more tokens and
-            fewer classes). "auto" takes 4 million logits on a CPU and 16 million on a GPU, and all at once where there
+            fewer classes). "auto" takes 2 million logits on a CPU and 16 million on a GPU, and all at once where there
             are no more than 4 million.
         reduction: "mean", "sum" or "none".
 
@@ -175,7 +178,10 @@ def linear_cross_entropy(
         name=NAME,
         kind="other",
         terms=partial(
-            _terms, class_weights=_class_weights(weight), ignore_index=_index(ignore_index), chunk=_chunk(chunk)
+            _terms,
+            class_weights=class_weights(NAME, weight),
+            ignore_index=label_to_ignore(NAME, ignore_index),
+            chunk=_chunk(chunk),
         ),
         prediction=Prediction.HIDDEN_STATES,
         target=Target.CLASSES,
@@ -194,20 +200,6 @@ def _chunk(chunk: object) -> int | None:
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise InvalidHyperparameter(f"{NAME} was given chunk={chunk!r}, and expects a number of tokens ≥ 1 or 'auto'.")
     return chunk
-
-
-def _index(ignore_index: object) -> int:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise InvalidHyperparameter(f"{NAME} was given ignore_index={ignore_index!r}, and expects a whole number.")
-    return ignore_index
-
-
-def _class_weights(weight: object) -> tuple[float, ...] | None:
-    if weight is None:
-        return None
-    if not isinstance(weight, tuple) or not all(isinstance(w, int | float) and 0 <= w < float("inf") for w in weight):
-        raise InvalidHyperparameter(f"{NAME} was given weight={weight!r}, and expects one finite number ≥ 0 per class.")
-    return tuple(map(float, weight))
 
 
 def _labelled(generator: Generator) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -237,7 +229,7 @@ CATALOGUE = (
             Invalid({"softcap": 0.0}, "softcap=0.0"),
             Invalid({"chunk": 0}, "chunk=0"),
             Invalid({"chunk": "small"}, "chunk='small'"),
-            Invalid({"weight": [-1.0, 1.0]}, "weight"),
+            Invalid({"weight": [float("inf"), 1.0]}, "weight"),
             Invalid({"ignore_index": 1.0}, "ignore_index=1.0"),
         ),
         sweeps={"label_smoothing": (0.0, 0.3), "z_loss": (0.0, 0.1), "softcap": (1.0, 4.0)},

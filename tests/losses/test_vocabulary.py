@@ -11,12 +11,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fallline.errors import LossMismatch
-from fallline.losses import linear_cross_entropy_tiles as tiles
-from fallline.losses.linear_cross_entropy import linear_cross_entropy
+from fallline.losses import vocabulary_tiles as tiles
+from fallline.losses.vocabulary import linear_cross_entropy
 from fallline.sweeps.traced import trace
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+torch_has_it = pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="an older torch has none")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 with_kernel = pytest.mark.skipif(
     not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device, or Triton's interpreter"
@@ -88,6 +89,7 @@ def test_equals_torch_for_any_shape_and_chunk(tokens, depth, classes, chunk, smo
     same(value_and_gradients(ours, prediction, target), expected)
 
 
+@torch_has_it
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_torchs_own_linear_cross_entropy_in_its_order(reduction):
     (hidden, weight, bias), target = problem()
@@ -98,6 +100,7 @@ def test_equals_torchs_own_linear_cross_entropy_in_its_order(reduction):
     same([ours(hidden, weight, target), ours((hidden, weight), target)], [theirs, theirs])
 
 
+@torch_has_it
 def test_equals_torchs_own_module():
     (hidden, weight, _), target = problem()
     module = nn.LinearCrossEntropyLoss(6, 23, dtype=torch.float64, options=nn.LinearCrossEntropyOptions())
@@ -479,7 +482,7 @@ def test_a_tile_is_never_larger_than_allowed_and_uses_most_of_it(tokens, classes
 def test_the_kernel_is_as_near_to_float64_as_the_tiles(shape, biased, cap, smooths, dtype, monkeypatch):
     if dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
-    from fallline.losses import linear_cross_entropy_triton as kernels
+    from fallline.losses import vocabulary_triton as kernels
 
     if torch.cuda.is_available():  # without, the attribute can be read and not be put back
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
