@@ -64,8 +64,9 @@ def per_element(loss: str, name: str, value: Any, prediction: Tensor) -> Tensor:
         LossMismatch: if they do not.
     """
     factors = value.to(prediction.dtype) if isinstance(value, Tensor) else prediction.new_tensor(value)
-    sizes = list(zip(reversed(factors.shape), reversed(prediction.shape), strict=False))
-    if factors.ndim > prediction.ndim or any(own not in (1, size) for own, size in sizes):
+    last = prediction.shape[max(0, prediction.ndim - factors.ndim) :]
+    fits = len(last) == factors.ndim and all(own in (1, size) for own, size in zip(factors.shape, last, strict=True))
+    if not fits:
         raise LossMismatch(
             f"{loss} was given a {name} of shape {list(factors.shape)} and a prediction of shape "
             f"{list(prediction.shape)}, and expects a {name} that broadcasts to the prediction. Give one number, or "

@@ -281,6 +281,8 @@ def extremes(tensor: Tensor) -> tuple[float, float]:
     if tensor.numel() == 0 or tensor.is_complex():
         return 0.0, 0.0
     plain = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    if not plain.is_contiguous():  # in the order of memory, which is several times as fast
+        plain = plain.permute(sorted(range(plain.ndim), key=plain.stride, reverse=True))
     low, high = plain.aminmax()
     return float(low), float(high)
 

@@ -412,8 +412,10 @@ def _judged(given: Given, model: nn.Module, found: list[tuple[str, Tensor, Tenso
     else:
         make = warning if _nothing_gets_through(found) or _first_layer_is_dead(found) else note
     first = given.first
-    flat = first is not None and bool((first == first.round()).all())
-    ends = flat and first is not None and bool((first.abs() <= 1).all())
+    flat = (
+        first is not None and bool((first == first.round()).all()) and (bool(first.any()) or _of_probabilities(given))
+    )
+    ends = flat and first is not None and (_of_probabilities(given) or bool((first.abs() == 1).all()))
     yield make(
         "zero-gradient",
         f"The gradient of {len(still)} of {len(found)} parameters is exactly 0: {_named(still)}.",
@@ -427,6 +429,10 @@ def _judged(given: Given, model: nn.Module, found: list[tuple[str, Tensor, Tenso
         if flat
         else "torch.nn.init.kaiming_normal_(layer.weight)  # no zeros, no saturated sigmoids, no round or sign",
     )
+
+
+def _of_probabilities(given: Given) -> bool:
+    return given.wants == Prediction.PROBABILITIES
 
 
 def _nothing_gets_through(found: list[tuple[str, Tensor, Tensor | None]]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-PROBES = 7
+PROBES = 9
 
 
 def score_of(value: Callable[[Tensor], Tensor], prediction: Tensor, target: Tensor) -> str:
@@ -42,14 +42,18 @@ def score_of(value: Callable[[Tensor], Tensor], prediction: Tensor, target: Tens
             continue
         constant, slope = _line(others, values)
         off = max(abs(constant + slope * other - one) for other, one in zip(others, values, strict=True))
-        if slope < 0 and off <= 1e-3 * spread:
+        if slope < 0 and off <= 1e-4 * spread:
             words = "minus " if math.isclose(slope, -1, rel_tol=1e-3) else f"{slope:.4g} times "
             return words + name + (f", and {constant:.4g} more" if abs(constant) > 1e-3 * spread else "")
     return ""
 
 
 def _probes(prediction: Tensor) -> Iterator[Tensor]:
-    """Predictions of all kinds: values that change places, half as large, and between one and the other."""
+    """Predictions of all kinds: values that change places, smaller and larger ones, and what lies between.
+
+    Probabilities stay probabilities.
+    """
+    unit = bool(((prediction >= 0) & (prediction <= 1)).all())
 
     def turned(by: int) -> Tensor:
         return prediction.flatten().roll(by).reshape(prediction.shape)
@@ -61,6 +65,8 @@ def _probes(prediction: Tensor) -> Iterator[Tensor]:
     yield 0.3 * prediction + 0.7 * turned(7)
     yield prediction.flatten().flip(0).reshape(prediction.shape)
     yield 0.8 * turned(prediction.numel() // 2)
+    yield prediction.square() if unit else 3 * prediction
+    yield turned(2).sqrt() if unit else -2 * turned(2)
 
 
 def _line(others: list[float], values: list[float]) -> tuple[float, float]:

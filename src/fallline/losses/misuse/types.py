@@ -58,7 +58,7 @@ def _swapped(given: Given) -> Iterator[Finding]:
         f"{given.name} was given {kind(labels)} labels of shape {shape(labels)} without a gradient as its prediction, "
         f"and as its target outputs of shape {shape(outputs)} with one.",
         "The order is loss(prediction, target).",
-        "loss(prediction, target)  # not loss(target, prediction)",
+        "prediction, target = target, prediction",
     )
 
 
