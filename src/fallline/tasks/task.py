@@ -217,7 +217,7 @@ class Task:
         Args:
             stacklevel: as in `warnings.warn`, from the caller's caller on.
         """
-        for finding in self.findings:
+        for finding in self.check().findings:
             if finding.severity == "warning":
                 words = f"{finding.message} Fix: {finding.fix} [{finding.code}]"
                 warnings.warn(words, LossMisused, stacklevel=stacklevel + 1)

@@ -66,6 +66,8 @@ def test_what_may_be_turned_round_is_not_called_swapped() -> None:
     reverse = grown(N, 5).softmax(1)
     assert severe(nn.KLDivLoss(reduction="batchmean"), teacher, reverse) == []
     assert severe(nn.MSELoss(), torch.randn(N, 1), grown(N, 1)) == []
+    coded = (grown(N, 1).sigmoid() > 0.5).float() + 0 * grown(N, 1)
+    assert ("error", "swapped") not in severe(nn.BCELoss(), coded, grown(N, 1).sigmoid())
 
 
 def test_a_softmax_of_one_output_as_a_probability_is_one_class() -> None:
@@ -80,6 +82,8 @@ def test_labels_of_which_a_loss_takes_no_notice(name: str) -> None:
     assert ("warning", "ignored-target") in severe(loss, outputs, torch.arange(N) % 6)
     for harmless in (torch.arange(N), torch.zeros(N), torch.zeros(N).long(), torch.arange(N) % 3, None):
         assert "ignored-target" not in [code for _, code in severe(loss, outputs, harmless)]
+    assert "ignored-target" not in [code for _, code in severe(loss, grown(6, 6), torch.arange(6))]
+    assert "ignored-target" not in [code for _, code in severe(loss, grown(N, 1), torch.zeros(N).long())]
 
 
 def test_only_the_weights_that_are_wrong_are_listed() -> None:

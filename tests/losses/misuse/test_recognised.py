@@ -199,3 +199,44 @@ def test_half_precision_is_known_too() -> None:
     wrapped = lambda p, t: functional.cross_entropy(p, t)  # noqa: E731
     assert said(wrapped, drawn(N, 5).bfloat16().softmax(1), labels(N)) == [("error", "double-softmax")]
     assert "mse" in name_of(lambda p, t: ((p - t) ** 2).mean(), drawn(N, 1).double(), drawn(N, 1).detach().double() + 1)
+
+
+def settings_of(loss: Any, prediction: Tensor, target: Tensor) -> Any:
+    return recognised(given(loss, prediction, target, None)).settings
+
+
+def test_the_reduction_is_known_and_a_multiple_has_none_of_its_own() -> None:
+    summed = lambda p, t: functional.cross_entropy(p, t, reduction="sum")  # noqa: E731
+    assert settings_of(summed, drawn(N, 5), labels(N))["reduction"] == "sum"
+    assert settings_of(lambda p, t: summed(p, t) / len(p), drawn(N, 5), labels(N))["reduction"] == "mean"
+    assert settings_of(lambda p, t: summed(p, t) / N, drawn(N, 5), labels(N))["reduction"] == "mean"
+
+
+def test_losses_that_agree_on_small_errors_are_told_apart() -> None:
+    small, near = drawn(N, 2).sigmoid(), drawn(N, 2).detach().sigmoid() ** 2
+    assert "smooth_l1" in name_of(lambda p, t: functional.smooth_l1_loss(p, t), small, near)
+    assert "mse" in name_of(lambda p, t: functional.mse_loss(p, t), small, near)
+
+
+def test_what_the_callable_does_to_its_arguments_is_undone() -> None:
+    target = labels(N, classes=2)
+    squeezing = lambda p, t: functional.binary_cross_entropy_with_logits(p.squeeze(1), t.float())  # noqa: E731
+    case = recognised(given(squeezing, drawn(N, 1), target, None))
+    assert isinstance(case.prediction, Tensor)
+    assert case.prediction.shape == (N,)
+    half = drawn(N, 3).bfloat16()
+    assert "mse" in name_of(lambda p, t: ((p - t) ** 2).mean(), half, (2 * half).detach())
+
+
+def test_a_callable_that_empties_its_arguments_leaves_them_full() -> None:
+    def emptying(prediction: Tensor, target: Tensor) -> Tensor:
+        value = ((prediction - target) ** 2).mean()
+        with torch.no_grad():
+            target.zero_()
+            prediction.data.zero_()
+        return value
+
+    prediction, target = drawn(N, 1), drawn(N, 1).detach() + 1
+    name_of(emptying, prediction, target)
+    assert bool(prediction.any())
+    assert bool(target.any())
