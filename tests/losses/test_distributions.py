@@ -281,3 +281,12 @@ def test_crps_learns_the_distribution_that_made_the_data():
         parts = parts - 0.5 * grad(lambda p: loss(p.expand(2000, 2), target))(parts)
     torch.testing.assert_close(parts[0], torch.tensor(1.5, dtype=F64), rtol=0, atol=1e-3)
     torch.testing.assert_close(parts[1].exp(), torch.tensor(0.7, dtype=F64), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_spread_beyond_all_numbers_has_a_finite_gradient(dtype):
+    mean = torch.ones(1, dtype=dtype, requires_grad=True)
+    spread = torch.full((1,), 1e4, dtype=dtype, requires_grad=True)
+    crps(log_scale=True)((mean, spread), torch.full((1,), 3.0, dtype=dtype)).backward()
+    assert mean.grad.isfinite()
+    assert spread.grad.isfinite()

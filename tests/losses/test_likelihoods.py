@@ -139,7 +139,7 @@ def test_what_would_be_broadcast_is_refused(make, mean, variance, target):
 
 
 def test_a_prediction_without_a_variance_is_refused():
-    for prediction in (torch.zeros(4), torch.zeros(4, 3), (torch.zeros(4),) * 3, None):
+    for prediction in (torch.zeros(4), torch.zeros(4, 3), (torch.zeros(4),) * 3):
         with pytest.raises(LossMismatch, match="a mean and a variance"):
             gaussian_nll()(prediction, torch.zeros(4))
 
@@ -351,3 +351,10 @@ def test_a_linear_layer_with_two_outputs_learns_mean_and_noise():
         mean, logarithm = layer(x).detach().unbind(1)
         torch.testing.assert_close(mean, 3 * x[:, 0], rtol=0, atol=0.1)
         torch.testing.assert_close((logarithm / 2).exp().mean(), torch.tensor(0.2, dtype=F64), rtol=0.15, atol=0)
+
+
+def test_a_variance_beyond_all_numbers_has_a_finite_weighted_gradient():
+    mean, spread = torch.ones(1, requires_grad=True), torch.full((1,), 1e4, requires_grad=True)
+    beta_nll(log_variance=True)((mean, spread), torch.tensor([3.0])).backward()
+    assert mean.grad.isfinite()
+    assert spread.grad.isfinite()

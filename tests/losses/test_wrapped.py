@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fallline import losses
-from fallline.errors import LossMismatch, UnknownName
+from fallline.errors import InvalidHyperparameter, LossMismatch, UnknownArgument, UnknownName
 from fallline.losses import as_loss
 from fallline.losses.catalogue import CATALOGUE
 from fallline.losses.wrapped import FUNCTIONS
@@ -188,3 +188,43 @@ def test_what_torch_takes_and_ours_refuses_is_used_all_the_same() -> None:
 def test_a_loss_passes_through() -> None:
     loss = losses.mse()
     assert as_loss(loss) is loss
+
+
+def test_numbers_that_a_loss_does_not_have_or_cannot_have_are_refused() -> None:
+    with pytest.raises(UnknownArgument, match="no argument 'dleta'"):
+        losses.huber()(OUTPUTS, NUMBERS, numbers={"dleta": 1.0})
+    for loss, name, value in ((losses.huber(), "delta", -1.0), (losses.smooth_l1(), "beta", float("nan"))):
+        with pytest.raises(InvalidHyperparameter, match=name):
+            loss(OUTPUTS, NUMBERS, numbers={name: value})
+    with pytest.raises(LossMismatch, match="expects a dictionary"):
+        losses.huber()(OUTPUTS, NUMBERS, numbers=3)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        losses.huber()(OUTPUTS, NUMBERS, numbers={"delta": 0.3}), losses.huber(delta=0.3)(OUTPUTS, NUMBERS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((OUTPUTS,), "None as its target"),
+        ((None, INDEX), "None as its prediction"),
+        ((OUTPUTS, [0, 1]), "torch.tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_in_a_sentence(arguments: tuple[object, ...], words: str) -> None:
+    with pytest.raises(LossMismatch, match=words):
+        losses.cross_entropy()(*arguments)
+
+
+def test_sums_take_torchs_losses_and_weights_that_are_differentiated() -> None:
+    mse, l1 = losses.mse(), nn.L1Loss()
+    expected = mse(OUTPUTS, NUMBERS) + l1(OUTPUTS, NUMBERS)
+    for both in (mse + l1, l1 + mse, sum([mse, l1]), mse + functional.l1_loss):
+        torch.testing.assert_close(both(OUTPUTS, NUMBERS), expected)  # type: ignore[operator]
+    slope = torch.func.grad(lambda w: (mse + w * losses.l1())(OUTPUTS, NUMBERS))(torch.tensor(0.5))
+    torch.testing.assert_close(slope, l1(OUTPUTS, NUMBERS))
+    levels = torch.tensor([[0.1, 0.5], [0.2, 0.9]])
+    two = OUTPUTS[:, :2]
+    mapped = torch.vmap(lambda q: losses.quantile(quantiles=(q[0], q[1]))(two, NUMBERS[:, 0]))(levels)
+    for value, (low, high) in zip(mapped, levels.tolist(), strict=True):
+        torch.testing.assert_close(value, losses.quantile(quantiles=(low, high))(two, NUMBERS[:, 0]))

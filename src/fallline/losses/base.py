@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fallline.description import Call, code, described, leaves, plain, remembers_its_call, search_dimensions, substitute
 from fallline.dimensions import Dimension
-from fallline.errors import InvalidHyperparameter, LossMismatch
+from fallline.errors import InvalidHyperparameter, LossMismatch, unknown_argument
 
 P = ParamSpec("P")
 Reduction: TypeAlias = Literal["mean", "sum", "none", "batchmean"]
@@ -231,16 +231,27 @@ class Loss:
         return f"{self.call.function.__module__}.{self.call.name}", tuple(fixed), tuple(self.numbers), inside
 
     def __add__(self, other: object) -> Loss:
-        """The sum of two losses of the same prediction and target: `cross_entropy() + 0.5 * dice()`."""
+        """The sum of two losses of the same prediction and target: `cross_entropy() + 0.5 * dice()`.
+
+        The other one may be torch's, or any callable.
+        """
         from fallline.losses.combination import added
 
-        return added(self, other) if isinstance(other, Loss) else NotImplemented
+        return added(self, other) if isinstance(other, Loss) or callable(other) else NotImplemented
+
+    def __radd__(self, other: object) -> Loss:
+        """The same with another's loss in front, or with the 0 that `sum` begins with."""
+        from fallline.losses.combination import added
+
+        if isinstance(other, int) and other == 0:
+            return self
+        return added(other, self) if callable(other) else NotImplemented
 
     def __mul__(self, factor: object) -> Loss:
         """The loss times a number or a search dimension."""
         from fallline.losses.combination import scaled
 
-        return scaled(self, factor) if isinstance(factor, int | float | Dimension) else NotImplemented
+        return scaled(self, factor) if isinstance(factor, (int, float, Dimension, Tensor)) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -259,12 +270,43 @@ class Loss:
                     f"{self.name} was given {len(more) + 2} tensors, and expects a prediction and a target."
                 )
             prediction, target = self.arrange(prediction, target, *more)
+        self._require_tensors(prediction, target)
+        if numbers is not None:
+            self._require_numbers(numbers)
         read = self.numbers if numbers is None else {**self.numbers, **numbers}
         if any(isinstance(number, Tensor) for number in read.values()):
             first = prediction[0] if isinstance(prediction, tuple) else prediction
             dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
             read = {n: v.to(first.device, dtype) if isinstance(v, Tensor) else v for n, v in read.items()}
         return self.terms(prediction, target, read)
+
+    def _require_tensors(self, prediction: Parts, target: Parts) -> None:
+        """A prediction, and a target unless it is not looked at, as tensors or tuples of them."""
+        without = (Target.NOTHING, Target.ANYTHING)
+        for what, given in (("prediction", prediction), ("target", target)):
+            if given is None and what == "target" and self.target in without:
+                continue
+            if given is None or isinstance(given, (bool, int, float, str)):
+                raise LossMismatch(
+                    f"{self.name} was given {given!r} as its {what}, and expects a tensor: loss(prediction, target)."
+                )
+            if isinstance(given, list) and not any(isinstance(part, Tensor) for part in given):
+                raise LossMismatch(
+                    f"{self.name} was given a list as its {what}, and expects a tensor: torch.tensor({what})."
+                )
+
+    def _require_numbers(self, numbers: Numbers) -> None:
+        """Names that the loss has, and plain numbers in their domain; a tensor is taken at its word."""
+        if not isinstance(numbers, Mapping):
+            raise LossMismatch(
+                f"{self.name} was given numbers={numbers!r}, and expects a dictionary: {{name: number}}."
+            )
+        for name in numbers:
+            if name not in self.numbers:
+                raise unknown_argument(f"{self.name}(numbers=…)", name, self.numbers)
+        plain_ones = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
+        if plain_ones and self.call is not None and self.whole is None and not torch.compiler.is_compiling():
+            self.call.with_arguments(plain_ones)  # which refuses what lies outside its domain
 
     def _refuse_template(self) -> None:
         if self._is_template:
@@ -296,6 +338,8 @@ def loss_maker(function: Callable[P, Loss]) -> Callable[P, Loss]:
 
 
 def _read(value: Any) -> Any:
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        return tuple(map(_read, value))
     if isinstance(value, Tensor):
         if value.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(value):
             return value

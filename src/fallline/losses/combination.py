@@ -251,7 +251,7 @@ def _written(parts: tuple[Loss, ...], weights: tuple[Number, ...]) -> str:
     return f"fl.losses.weighted_sum(losses=({inside}{comma}), weights={weights!r})"
 
 
-def added(first: Loss, second: Loss) -> Loss:
+def added(first: object, second: object) -> Loss:
     """The sum of two losses, flat: the parts of sums among them are its parts.
 
     >>> added(mse(), 0.5 * huber())
@@ -261,22 +261,22 @@ def added(first: Loss, second: Loss) -> Loss:
     return weighted_sum(losses=(*losses, *others), weights=(*weights, *more))
 
 
-def scaled(loss: Loss, factor: float | Dimension) -> Loss:
+def scaled(loss: Loss, factor: Number | Dimension) -> Loss:
     """The loss times a number or a search dimension; a sum's weights are multiplied where they are numbers.
 
     >>> scaled(2.0 * mse(), 0.5)
     fl.losses.weighted_sum(losses=(fl.losses.mse(),), weights=(1.0,))
     """
-    if not isinstance(factor, Dimension) and (isinstance(factor, bool) or not math.isfinite(factor)):
+    if not isinstance(factor, (Dimension, Tensor)) and (isinstance(factor, bool) or not math.isfinite(factor)):
         raise InvalidHyperparameter(f"A loss was multiplied by {factor!r}, and a finite number is expected.")
     losses, weights = _taken_apart(loss)
-    if any(isinstance(each, Dimension) for each in (*weights, factor)):  # which cannot be multiplied
+    if any(isinstance(each, (Dimension, Tensor)) for each in (*weights, factor)):  # which are not multiplied here
         return weighted_sum(losses=(loss,), weights=(factor,))
     return weighted_sum(losses=losses, weights=tuple(weight * factor for weight in weights))  # type: ignore[operator]
 
 
-def _taken_apart(loss: Loss) -> tuple[tuple[object, ...], tuple[Number | Dimension, ...]]:
-    if loss.call is not None and loss.call.function is weighted_sum:
+def _taken_apart(loss: object) -> tuple[tuple[object, ...], tuple[Number | Dimension, ...]]:
+    if isinstance(loss, Loss) and loss.call is not None and loss.call.function is weighted_sum:
         return loss.call.arguments["losses"], loss.call.arguments["weights"]
     return (loss,), (1.0,)
 

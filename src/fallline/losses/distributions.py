@@ -35,7 +35,11 @@ def _gaussian_crps(prediction: Parts, target: Tensor, numbers: Numbers, *, log_s
     mean, scale = matched("crps", prediction, target, 2, _MEAN_AND_SCALE)
     scale = spread_over("crps", "scale", scale, mean)
     eps = numbers["eps"]
-    scale = at_least(scale, log_of(eps)).exp() if log_scale else at_least(scale, eps)
+    if log_scale:  # up to where σ overflows; beyond, the gradient of an infinite value would be NaN
+        largest = math.log(torch.finfo(scale.dtype).max) - 5
+        scale = at_least(scale, log_of(eps)).clamp(max=largest).exp()
+    else:
+        scale = at_least(scale, eps)
     difference = target - mean
     # Beyond 50 scales, φ is 0 and Φ is 0 or 1 in every precision; the square would overflow.
     z = (difference / scale).clamp(-50, 50)

@@ -92,7 +92,9 @@ def _gaussian(
 
 def _beta(prediction: Parts, target: Tensor, numbers: Numbers, *, log_variance: bool) -> tuple[Tensor, None]:
     scaled, logarithm = _scaled_error("beta_nll", prediction, target, numbers["eps"], log_variance)
-    return (numbers["beta"] * logarithm.detach()).exp() * (0.5 * (logarithm + scaled)), None
+    # An infinite weight would make the gradient NaN.
+    exponent = (numbers["beta"] * logarithm.detach()).clamp(max=0.5 * math.log(torch.finfo(logarithm.dtype).max))
+    return exponent.exp() * (0.5 * (logarithm + scaled)), None
 
 
 def _evidential(prediction: Parts, target: Tensor, numbers: Numbers) -> tuple[Tensor, None]:

@@ -307,7 +307,8 @@ def quantile(*, quantiles: Number | Sequence[Number] = 0.5, reduction: str = "me
     if not quantiles:
         raise InvalidHyperparameter("quantile was given quantiles=(), and expects at least one number.")
     numbers = {f"quantile{i + 1}": _level(each) for i, each in enumerate(quantiles)}
-    middle = min(range(len(quantiles)), key=lambda i: abs(float(quantiles[i]) - 0.5))
+    known = [0.5 if isinstance(each, Tensor) else abs(each - 0.5) for each in numbers.values()]
+    middle = known.index(min(known))  # of levels that are being mapped or differentiated nothing is known
     return Loss(
         name="quantile",
         kind="regression",

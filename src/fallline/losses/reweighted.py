@@ -73,7 +73,7 @@ def _focal(
     alpha: tuple[float, ...] | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor | None]:
-    if target.is_floating_point():
+    if target.is_floating_point() or target.dtype == torch.bool:
         return _focal_yes_no(prediction, target, numbers, alpha, ignore_index), None
     if "alpha" in numbers:
         raise LossMismatch(

@@ -128,7 +128,8 @@ def linear_cross_entropy(
 
     Training a language model this way takes no memory in proportion to tokens times vocabulary. The forward pass keeps
     two numbers per token; the backward pass computes the logits again, tile by tile, and no gradient that nobody asks
-    for. It works under `torch.vmap`, `torch.func.grad`, `torch.compile` and for second derivatives.
+    for. It works under `torch.vmap`, `torch.func.grad`, `torch.compile` and for second derivatives
+    in reverse mode; what is computed in tiles has no forward-mode derivatives (`torch.func.jvp`, `hessian`).
 
     With class weights w, label smoothing ε over V classes and z-loss ζ, a token has the value
     (1 − ε)·w_y·(−log p_y) + (ε/V)·Σ_c w_c·(−log p_c) + ζ·w_y·(log Σ_c exp(z_c))², and the mean divides by Σ w_y over
@@ -156,7 +157,7 @@ def linear_cross_entropy(
     Raises:
         InvalidHyperparameter: for a number outside its range, or an unknown `reduction`.
         LossMismatch: when called with shapes that do not fit together, or with class probabilities.
-        IndexError: (on a CPU) for a label outside 0 … V − 1 that is not `ignore_index`.
+        RuntimeError: (torch's, on a CPU) for a label outside 0 … V − 1 that is not `ignore_index`.
 
     Unlike `torch.nn.LinearCrossEntropyLoss`, this has no parameters of its own; the chunked form of torch's has no
     label smoothing, no second derivatives and no `torch.func`, and its mean is NaN where every label is ignored.
