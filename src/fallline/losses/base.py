@@ -282,7 +282,7 @@ class Loss:
 
     def _require_tensors(self, prediction: Parts, target: Parts) -> None:
         """A prediction, and a target unless it is not looked at, as tensors or tuples of them."""
-        without = (Target.NOTHING, Target.ANYTHING)
+        without = (Target.NOTHING, Target.GROUPS, Target.ANYTHING)  # a loss of groups says more about none
         for what, given in (("prediction", prediction), ("target", target)):
             if given is None and what == "target" and self.target in without:
                 continue
