@@ -13,8 +13,10 @@ from torch.func import grad, vmap
 from torch.nn import functional
 from torch.testing._internal.common_modules import module_db
 
+import loss_gradients
 from fallline.errors import LossMismatch
 from fallline.losses.classification import cross_entropy, multi_margin, nll
+from loss_gradients import labels, value_and_gradient
 
 CHEAP = settings(max_examples=40, deadline=None)
 SEEDS = st.integers(0, 10_000)
@@ -29,24 +31,8 @@ def drawn(seed, *shape, scale=2.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def labels(seed, classes, *shape):
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def value_and_gradient(loss, prediction, target):
-    """The loss, and the gradient of its elements summed with different factors."""
-    leaf = prediction.detach().clone().requires_grad_()
-    value = loss(leaf, target)
-    factors = 1 + torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape) / value.numel()
-    return value.detach(), torch.autograd.grad((value * factors).sum(), leaf)[0]
-
-
 def assert_same(ours, theirs, prediction, target, **tolerance):
-    expected, slopes = value_and_gradient(theirs, prediction, target)
-    assert slopes.abs().max() > 1e-6, "a problem without a gradient would prove nothing"
-    value, found = value_and_gradient(ours, prediction, target)
-    torch.testing.assert_close(value, expected, **(tolerance or CLOSE))
-    torch.testing.assert_close(found, slopes, **(tolerance or CLOSE))
+    loss_gradients.assert_same(ours, theirs, prediction, target, **(tolerance or CLOSE))
 
 
 MAKERS = {"CrossEntropyLoss": cross_entropy, "NLLLoss": nll, "MultiMarginLoss": multi_margin}

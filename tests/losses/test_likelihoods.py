@@ -16,28 +16,14 @@ from torch.nn import functional
 
 from fallline.errors import InvalidHyperparameter, LossMismatch
 from fallline.losses.likelihoods import beta_nll, evidential, gaussian_nll
+from loss_gradients import CLOSE, assert_equal_functions, gradients
 
-CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 CHEAP = settings(max_examples=30, deadline=None)
 F64 = torch.float64
 
 
 def drawn(seed, *shape):
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def gradients(function, *inputs):
-    leaves = [each.detach().clone().requires_grad_() for each in inputs]
-    value = function(*leaves)
-    return value.detach(), torch.autograd.grad(value.sum(), leaves)
-
-
-def assert_equal_functions(ours, theirs, *inputs):
-    (value, slopes), (expected, rightly) = gradients(ours, *inputs), gradients(theirs, *inputs)
-    assert all(slope.abs().max() > 1e-3 for slope in rightly), "a problem without a gradient would prove nothing"
-    torch.testing.assert_close(value, expected, **CLOSE)
-    for slope, right in zip(slopes, rightly, strict=True):
-        torch.testing.assert_close(slope, right, **CLOSE)
 
 
 @CHEAP

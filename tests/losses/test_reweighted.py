@@ -15,8 +15,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 from torch.nn import functional
 
+import loss_gradients
 from fallline.errors import LossMismatch
 from fallline.losses.reweighted import focal, generalized_cross_entropy, poly, symmetric_cross_entropy
+from loss_gradients import labels, value_and_gradient
 
 CHEAP = settings(max_examples=30, deadline=None)
 SEEDS = st.integers(0, 10_000)
@@ -41,23 +43,8 @@ def drawn(seed, *shape, scale=2.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def labels(seed, classes, *shape):
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def value_and_gradient(loss, prediction, target):
-    leaf = prediction.detach().clone().requires_grad_()
-    value = loss(leaf, target)
-    factors = 1 + torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape) / value.numel()
-    return value.detach(), torch.autograd.grad((value * factors).sum(), leaf)[0]
-
-
 def assert_same(ours, theirs, prediction, target, **tolerance):
-    expected, slopes = value_and_gradient(theirs, prediction, target)
-    assert slopes.abs().max() > 1e-6, "a problem without a gradient would prove nothing"
-    value, found = value_and_gradient(ours, prediction, target)
-    torch.testing.assert_close(value, expected, **(tolerance or CLOSE))
-    torch.testing.assert_close(found, slopes, **(tolerance or CLOSE))
+    loss_gradients.assert_same(ours, theirs, prediction, target, **(tolerance or CLOSE))
 
 
 def of_probability(formula, ignored, reduction):

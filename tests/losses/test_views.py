@@ -8,7 +8,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 from fallline.errors import InvalidHyperparameter, LossMismatch
-from fallline.losses.views import direction, switch, together, two_views
+from fallline.losses.arguments import switch
+from fallline.losses.views import direction, together, two_views
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from fallline import losses
 from fallline.losses import Finding, Loss
 from fallline.losses.base import Prediction, Target
+from fallline.losses.misuse.finding import errors_among, not_yet_said
 from fallline.optim import adam
 from fallline.tasks import Task
+from fallline.training.device import with_generators
 from fallline.training.step import joined
 
 # Samples that are looked at.
@@ -45,30 +47,29 @@ class Subject:
         task.findings  # noqa: B018 - which gives the data the type of the model
         self.device = device
         self.seed = seed
-        with torch.random.fork_rng(_devices(device)):
+        with torch.random.fork_rng(with_generators(device)):
             self.model = task.build_model(seed).to(device)
         count = min(SAMPLES, len(task.train))
-        rows = torch.linspace(0, len(task.train) - 1, count).long()  # spread over all: data are often sorted
+        rows = task.train.spread(count)
         self.x, self.y = task.train.x[rows].to(device), task.train.y[rows].to(device)
-        self._fit: Fit | None = None
 
     @cached_property
     def findings(self) -> list[Finding]:
         """What is wrong with the loss: found by the task's own check, and on the samples that are looked at."""
-        if any(finding.severity == "error" for finding in self.task.findings):
-            return list(self.task.findings)
+        told = list(self.task.findings)
+        if errors_among(told):
+            return told
         with self.quietly(), torch.enable_grad():
             prediction = copy.deepcopy(self.model).train()(self.x)
             found = losses.check(self.task.loss, prediction, self.y)
-        told = [*self.task.findings]
-        told += [finding for finding in found if finding.code not in {each.code for each in told}]
+        told += not_yet_said(found, told)
         # Which parameters get no gradient is a check of its own, with other parameters and on more samples.
         return [each for each in told if each.code != "zero-gradient" or each.severity == "error"]
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
         """Random numbers from the seed, those of the caller untouched, and no warnings of torch's."""
-        with torch.random.fork_rng(_devices(self.device)), warnings.catch_warnings():
+        with torch.random.fork_rng(with_generators(self.device)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(self.seed)
             yield
@@ -109,12 +110,20 @@ class Subject:
                 parameter.add_((noise * (size or fan**-0.5) * DISTURBANCE).to(parameter))
         return model
 
+    @cached_property
     def overfitted(self) -> Fit:
-        """The fit of a few samples, made once."""
-        if self._fit is None:
-            with self.quietly():
-                self._fit = learn_by_heart(self)
-        return self._fit
+        """The fit of a few samples."""
+        with self.quietly():
+            return learn_by_heart(self)
+
+    @cached_property
+    def evaluation_noise(self) -> float:
+        """How much two passes in evaluation mode differ, as a share of the outputs' size."""
+        model = self.disturbed.eval()
+        x = self.chunks(self.x)[0]
+        with torch.no_grad(), self.quietly():
+            first, second = (_flat(model(x)) for _ in range(2))
+        return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
 
 
 @dataclass(frozen=True)
@@ -327,15 +336,6 @@ def influence_of_other_samples(subject: Subject) -> float | None:
     return change
 
 
-def noise_of_evaluation(subject: Subject) -> float:
-    """How much two passes in evaluation mode differ, as a share of the outputs' size."""
-    model = subject.disturbed.eval()
-    x = subject.chunks(subject.x)[0]
-    with torch.no_grad(), subject.quietly():
-        first, second = (_flat(model(x)) for _ in range(2))
-    return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
-
-
 @dataclass(frozen=True)
 class Duplicates:
     """Exact duplicates among inputs.
@@ -383,7 +383,3 @@ def _flat(prediction: Any) -> Tensor:
     parts = prediction if isinstance(prediction, tuple | list) else (prediction,)
     first = len(parts[0])
     return torch.cat([part.reshape(first, -1).double() for part in parts if len(part) == first], dim=1)
-
-
-def _devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

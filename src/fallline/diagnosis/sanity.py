@@ -13,7 +13,7 @@ import torch
 from fallline.diagnosis import probes
 from fallline.diagnosis.probes import Subject
 from fallline.losses import Finding
-from fallline.losses.misuse.finding import Severity
+from fallline.losses.misuse.finding import Severity, by_severity, errors_among
 from fallline.tasks import Task
 from fallline.training.device import resolve_device
 
@@ -60,9 +60,8 @@ def check(task: Task, *, seed: int = 0, device: str | torch.device = "auto") -> 
     >>> fl.check(fl.tasks.line())
     []
     """
-    order = ("error", "warning", "note")
-    found = [finding for outcome in examine(task, seed=seed, device=device) for finding in outcome.findings]
-    return sorted(found, key=lambda finding: order.index(finding.severity))
+    outcomes = examine(task, seed=seed, device=device)
+    return by_severity(finding for outcome in outcomes for finding in outcome.findings)
 
 
 def examine(task: Task, *, seed: int = 0, device: str | torch.device = "auto") -> Iterator[Outcome]:
@@ -74,7 +73,7 @@ def examine(task: Task, *, seed: int = 0, device: str | torch.device = "auto") -
     """
     subject = Subject(task, seed, resolve_device(device))
     yield _loss(subject)
-    if any(finding.severity == "error" for finding in subject.findings):
+    if errors_among(subject.findings):
         return  # what follows would be measured with a loss that means nothing
     yield _initial_loss(subject)
     yield _overfitting(subject)
@@ -88,7 +87,7 @@ def examine(task: Task, *, seed: int = 0, device: str | torch.device = "auto") -
 def _loss(subject: Subject) -> Outcome:
     found = tuple(subject.findings)
     name, count = subject.task.loss.name, len(subject.y)
-    if any(finding.severity == "error" for finding in found):
+    if errors_among(found):
         return Outcome("the loss", f"{name} does not measure what is meant", found)
     return Outcome("the loss", f"{name} on {count} samples: {subject.initial_loss:.4g}", found)
 
@@ -123,7 +122,7 @@ def _initial_loss(subject: Subject) -> Outcome:
 
 def _overfitting(subject: Subject) -> Outcome:
     title = "learning a few samples by heart"
-    fit = subject.overfitted()
+    fit = subject.overfitted
     what = f"{fit.samples} sample{'' if fit.samples == 1 else 's'}"
     figure = f"{what}, loss {fit.first:.4g} → {fit.last:.4g} in {fit.steps} steps of adam at lr {fit.lr:g}"
     if fit.floor is None and fit.first - fit.last > LOST * abs(fit.first):
@@ -181,7 +180,7 @@ def _gradients(subject: Subject) -> Outcome:
 
 def _separation(subject: Subject) -> Outcome:
     title = "samples keep apart"
-    if probes.noise_of_evaluation(subject) > probes.ROUND_OFF:
+    if subject.evaluation_noise > probes.ROUND_OFF:
         return Outcome(title, "cannot be told: evaluation is random")
     moved = probes.influence_of_other_samples(subject)
     if moved is None:
@@ -200,13 +199,13 @@ def _separation(subject: Subject) -> Outcome:
 
 def _modes(subject: Subject) -> Outcome:
     title = "training and evaluation mode agree"
-    noise = probes.noise_of_evaluation(subject)
+    noise = subject.evaluation_noise
     if noise > probes.ROUND_OFF:
         seen = f"Two passes in evaluation mode over the same samples differ by {noise:.2g} of the outputs' size."
         why = "Something random is not switched off by model.eval(): metrics are noise, in part."
         fix = "torch.nn.functional.dropout(x, p, training=self.training)"
         return Outcome(title, seen, (Finding("warning", "random-evaluation", seen, why, fix),))
-    fit = subject.overfitted()
+    fit = subject.overfitted
     figure = f"loss on what was learnt {fit.last:.4g} in training mode, {fit.evaluated:.4g} in evaluation mode"
     if not fit.evaluated - fit.last > 0.5 * abs(fit.first - fit.last):
         return Outcome(title, figure)

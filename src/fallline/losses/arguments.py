@@ -131,3 +131,17 @@ def same_shape(name: str, prediction: Tensor, target: Tensor) -> None:
         f"{name} was given a prediction of shape {list(prediction.shape)} and a target of shape "
         f"{list(target.shape)}, and expects equal shapes{note}. {fix}"
     )
+
+
+def switch(loss: str, name: str, value: object) -> bool:
+    """An argument that is True or False.
+
+    Raises:
+        InvalidHyperparameter: if it is neither.
+
+    >>> switch("info_nce", "normalize", True)
+    True
+    """
+    if isinstance(value, bool):
+        return value
+    raise InvalidHyperparameter(f"{loss} was given {name}={value!r}, and expects True or False.")

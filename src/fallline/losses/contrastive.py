@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from fallline.errors import LossMismatch
-from fallline.losses.arguments import number, reduced
+from fallline.losses.arguments import number, reduced, switch
 from fallline.losses.base import Loss, Number, Numbers, Parts, Prediction, Target, loss_maker
 from fallline.losses.info import Invalid, LossInfo
-from fallline.losses.views import direction, switch, two_views
+from fallline.losses.views import direction, two_views
 
 
 def _itself(similarity: Tensor) -> Tensor:

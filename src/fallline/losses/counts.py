@@ -12,10 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from fallline.errors import InvalidHyperparameter
-from fallline.losses.arguments import number, reduced, same_shape
+from fallline.losses.arguments import number, reduced, same_shape, switch
 from fallline.losses.base import Loss, Number, Numbers, Parts, Prediction, Target, loss_maker
 from fallline.losses.info import Invalid, LossInfo
-from fallline.losses.likelihoods import first_part, matched, spread_over, switch
+from fallline.losses.likelihoods import first_part, matched, spread_over
 from fallline.losses.special import expm1_ratio, log1p_ratio, log_rising, softplus
 
 _MEAN_AND_DISPERSION = "the logarithms of a mean and of a dispersion"

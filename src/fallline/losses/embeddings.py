@@ -12,10 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from fallline.errors import InvalidHyperparameter, LossMismatch
-from fallline.losses.arguments import like, number, parts, reduced, same_shape
+from fallline.losses.arguments import like, number, parts, reduced, same_shape, switch
 from fallline.losses.base import Loss, Number, Numbers, Parts, Prediction, Target, loss_maker
 from fallline.losses.info import Invalid, LossInfo
-from fallline.losses.views import direction, switch, together
+from fallline.losses.views import direction, together
 
 
 def _hinge_embedding(prediction: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, None]:

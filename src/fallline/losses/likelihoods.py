@@ -12,25 +12,14 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from fallline.errors import InvalidHyperparameter, LossMismatch
-from fallline.losses.arguments import like, number, parts, reduced, same_shape
+from fallline.errors import LossMismatch
+from fallline.losses.arguments import like, number, parts, reduced, same_shape, switch
 from fallline.losses.base import Loss, Number, Numbers, Parts, Prediction, Target, loss_maker
 from fallline.losses.info import Invalid, LossInfo
 from fallline.losses.special import at_least, log_of, log_rising, log_softplus, softplus
 
 _MEAN_AND_VARIANCE = "a mean and a variance"
 _NORMAL_INVERSE_GAMMA = "gamma, nu, alpha and beta of a normal-inverse-gamma distribution"
-
-
-def switch(loss: str, name: str, value: object) -> bool:
-    """An argument that is True or False.
-
-    Raises:
-        InvalidHyperparameter: if it is neither.
-    """
-    if isinstance(value, bool):
-        return value
-    raise InvalidHyperparameter(f"{loss} was given {name}={value!r}, and expects True or False.")
 
 
 def matched(name: str, prediction: Parts, target: Tensor, count: int, what: str) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fallline.errors import InvalidHyperparameter, LossMismatch
+from fallline.errors import LossMismatch
 from fallline.losses.arguments import parts
 from fallline.losses.base import Parts
 
@@ -76,17 +76,3 @@ def direction(embeddings: Tensor) -> Tensor:
     scaled = embeddings / torch.where(zero, 1.0, largest)
     square = scaled.square().sum(-1, keepdim=True)
     return scaled * torch.where(zero, 0.0, torch.where(zero, 1.0, square).rsqrt())
-
-
-def switch(loss: str, name: str, value: bool) -> bool:
-    """An argument that is True or False.
-
-    Raises:
-        InvalidHyperparameter: if it is neither.
-
-    >>> switch("info_nce", "normalize", True)
-    True
-    """
-    if not isinstance(value, bool):
-        raise InvalidHyperparameter(f"{loss} was given {name}={value!r}, and expects True or False.")
-    return value

@@ -83,7 +83,6 @@ class Population:
         programs: dict[Any, Callable[..., Any]] | None = None,
     ) -> None:
         self.task = task
-        self.loss = plans[0].configuration.loss
         self.programs = programs
         self.steps = steps
         self.device = device
@@ -375,15 +374,15 @@ class Population:
         constants: dict[int, dict[str, Tensor]] = {}
         with torch.random.fork_rng([]):
             module = self.task.build_model(self.seeds[0])
-            used = self._parameters_in_use(Program(module, self.loss))
+            used = self._parameters_in_use(Program(module, self.task.loss))
             for seed in self.orders:
-                program = Program(self.task.build_model(seed), self.loss)
+                program = Program(self.task.build_model(seed), self.task.loss)
                 params = program.trainable()
                 self.layout = Layout.of({name: params[name] for name in used})
                 unused = {name: p.detach() for name, p in params.items() if name not in used}
                 flats[seed] = self.layout.flatten({name: params[name].detach() for name in used})
                 constants[seed] = {**unused, **program.constants()}
-        self.program = Program(program.module.to(self.device).train(), self.loss)
+        self.program = Program(program.module.to(self.device).train(), self.task.loss)
         self._flat = torch.stack([flats[seed] for seed in self.seeds]).to(self.device)
         self.constants = {
             name: torch.stack([constants[seed][name] for seed in self.seeds]).to(self.device)
@@ -395,7 +394,7 @@ class Population:
         """The parameters that get a gradient; torch.optim leaves the others as they are, and so do we."""
         index = next(iter(self.orders.values())).at(0)
         params = program.trainable()
-        loss = self.loss(
+        loss = self.task.loss(
             program.module(self.task.train.x.index_select(0, index)), self.task.train.y.index_select(0, index)
         )
         found = gradients(loss, params)
@@ -449,8 +448,8 @@ class Population:
         position = {seed: i for i, seed in enumerate(self.orders)}
         self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
         families = tuple((family.optimizer.structure, family.start, family.stop) for family in self.families)
-        shared = tuple((n, number) for n, number in self.loss.numbers.items() if n not in self.loss_numbers)
-        self._shape = (self.loss.structure, shared, self.steps, families)
+        shared = tuple((n, number) for n, number in self.task.loss.numbers.items() if n not in self.loss_numbers)
+        self._shape = (self.task.loss.structure, shared, self.steps, families)
 
 
 def _map(tree: Any, change: Any) -> Any:

@@ -38,6 +38,10 @@ class Data:
     def __len__(self) -> int:
         return int(self.x.shape[0])
 
+    def spread(self, count: int) -> Tensor:
+        """The numbers of so many samples spread over all: data are often sorted."""
+        return torch.linspace(0, len(self) - 1, count).long()
+
     def to(self, dtype: torch.dtype) -> Data:
         """The same samples, what is floating-point of them in the type `dtype`."""
         x = self.x.to(dtype) if self.x.is_floating_point() else self.x

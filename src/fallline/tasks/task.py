@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fallline import losses
-from fallline.errors import FalllineError, InvalidTask, LossMismatch, LossMisused
+from fallline.errors import FalllineError, InvalidTask, LossMisused
 from fallline.losses import Finding, Loss, as_loss
-from fallline.losses.misuse.check import refusal
+from fallline.losses.misuse.check import refuse
+from fallline.losses.misuse.finding import errors_among, not_yet_said
 from fallline.tasks.data import Data, as_data, split
 from fallline.tasks.keywords import knows_its_keywords
 from fallline.tasks.metrics import Metric, as_metric, for_loss
@@ -178,9 +179,7 @@ class Task:
             LossMismatch: if the loss cannot compare the predictions with the targets (all of them are looked
                 at).
         """
-        errors = [finding for finding in self.findings if finding.severity == "error"]
-        if errors:
-            raise LossMismatch(refusal(errors))
+        refuse(self.findings)
         return self
 
     @property
@@ -202,10 +201,10 @@ class Task:
             train = self.train.to(dtype)
             validation = train if same else self.validation.to(dtype)
             findings = self._findings_on(model, train, "train")
-            said = {finding.code for finding in findings}
-            for finding in [] if same else self._findings_on(model, validation, "validation"):
-                if finding.code not in said:
-                    findings.append(replace(finding, seen=f"On the validation data: {finding.seen}"))
+            others = [] if same else self._findings_on(model, validation, "validation")
+            findings += [
+                replace(each, seen=f"On the validation data: {each.seen}") for each in not_yet_said(others, findings)
+            ]
             parameters = sum(each.numel() for each in model.parameters() if each.requires_grad)
         facts = _Facts(dtype, parameters, repr(model), tuple(findings))
         self._set(train=train, validation=validation, _facts=facts)
@@ -224,7 +223,7 @@ class Task:
 
     def _findings_on(self, model: nn.Module, data: Data, role: str) -> list[Finding]:
         count = min(self.batch_size, len(data))
-        rows = torch.linspace(0, len(data) - 1, count).long()  # spread over all: data are often sorted
+        rows = data.spread(count)
         prediction = self._prediction(model, data.x[rows], role)
         target = data.y[rows]
         found = []
@@ -232,11 +231,10 @@ class Task:
             # One prediction seen by every target: all the labels are checked for the price of one batch.
             every = prediction[:1].detach().expand(len(data), *prediction.shape[1:])
             about = losses.check(self.loss, every, data.y)
-            found = [each for each in about if each.code in OF_THE_TARGET and each.severity == "error"]
-        codes = {each.code for each in found}
+            found = [each for each in errors_among(about) if each.code in OF_THE_TARGET]
         of_batch = losses.check(self.loss, prediction, target, model if role == "train" else None)
-        found += [each for each in of_batch if each.code not in codes]
-        if not any(each.severity == "error" for each in found):
+        found += not_yet_said(of_batch, found)
+        if not errors_among(found):
             for what, function in (("loss", self.loss), (f"metric {self.metric.name!r}", self.metric)):
                 self._require_number(what, function, prediction, target, role)
         return found

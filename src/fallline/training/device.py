@@ -32,3 +32,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         has = f"{count} CUDA device(s)" if count else "no CUDA device"
         raise DeviceUnavailable(f"{str(name)!r} is not there: this machine has {has}. Give device='cpu' or 'auto'.")
     return torch.device("cuda", index)
+
+
+def with_generators(device: torch.device) -> list[torch.device]:
+    """What `torch.random.fork_rng` has to put back beside the CPU's generator when a model runs on this device."""
+    return [device] if device.type == "cuda" else []

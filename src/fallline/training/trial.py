@@ -21,6 +21,7 @@ from fallline.optim import Landscape, Optimizer, State
 from fallline.optim.torch_own import TorchOwn, state_from_tensors, state_to_tensors
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
+from fallline.training.device import with_generators
 from fallline.training.layout import FLAT, Layout
 from fallline.training.step import Program, gradients, joined
 
@@ -43,7 +44,7 @@ class Trial:
         self.device = device
         self.step = 0
         self.alive = True
-        with torch.random.fork_rng(_cuda_index(device)):
+        with torch.random.fork_rng(with_generators(device)):
             module = task.build_model(seed).to(device)
             self._random = _random_state(device)
         module.train()
@@ -246,7 +247,7 @@ class Trial:
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
-        with torch.random.fork_rng(_cuda_index(self.device)):
+        with torch.random.fork_rng(with_generators(self.device)):
             torch.set_rng_state(self._random[0])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._random[1], self.device)
@@ -274,10 +275,6 @@ def apart_from(params: Iterable[Tensor], state: Any) -> Any:
         return tree.clone() if tree.untyped_storage().data_ptr() in taken else tree
 
     return own(state)
-
-
-def _cuda_index(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -7,7 +7,7 @@ training loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from fallline.losses.misuse.broadcasting import broadcasting_findings
 from fallline.losses.misuse.computing import Computed, computed, sampled
 from fallline.losses.misuse.direction import direction_findings
 from fallline.losses.misuse.embeddings import embedding_findings
-from fallline.losses.misuse.finding import Finding, by_severity, error
+from fallline.losses.misuse.finding import Finding, by_severity, error, errors_among
 from fallline.losses.misuse.given import Given, given, tensors
 from fallline.losses.misuse.gradients import callable_findings, computed_findings, model_findings, not_finite_findings
 from fallline.losses.misuse.predictions import prediction_findings
@@ -78,12 +78,12 @@ def _findings(case: Given) -> Iterator[Finding]:
     yield from structural
     settings = list(setting_findings(case))
     yield from settings
-    if any(found.severity == "error" for found in structural):
+    if errors_among(structural):
         return
     values = [*not_finite_findings(case), *prediction_findings(case), *target_findings(case)]
     values += embedding_findings(case)
     yield from values
-    if any(found.severity == "error" for found in [*values, *settings]) or _is_empty(case):
+    if errors_among([*values, *settings]) or _is_empty(case):
         # What cannot be computed, or ends a process on a GPU, is not computed; the gradients that reach the model are
         # those of a loss that is refused anyway.
         return
@@ -92,7 +92,7 @@ def _findings(case: Given) -> Iterator[Finding]:
     said = {found.code for found in values}
     said |= {"zero-gradient"} if "collapsed" in said else set()
     yield from (found for found in results if found.code not in said)
-    if any(found.severity == "error" for found in results):
+    if errors_among(results):
         return
     yield from model_findings(case, outcome)
     if outcome.connected is not None:
@@ -134,16 +134,19 @@ def require(loss: object, prediction: Any, target: Any = None, model: nn.Module 
     predictions learn the mean of the targets. Mend it with: target = target.unsqueeze(1)  # or prediction.squeeze(-1)
     """
     found = check(loss, prediction, target, model)
-    errors = [each for each in found if each.severity == "error"]
-    if errors:
-        raise LossMismatch(refusal(errors))
+    refuse(found)
     return found
 
 
-def refusal(errors: list[Finding]) -> str:
-    """The message of an error that refuses a run."""
-    sentences = [f"{each.message} Mend it with: {each.fix}" for each in errors]
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raises the errors among the findings, in one exception.
+
+    Raises:
+        LossMismatch: if there are any.
+    """
+    sentences = [f"{each.message} Mend it with: {each.fix}" for each in errors_among(findings)]
     if len(sentences) == 1:
-        return sentences[0]
-    listed = "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1))
-    return f"The loss is misused in {len(errors)} ways.\n{listed}"
+        raise LossMismatch(sentences[0])
+    if sentences:
+        listed = "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1))
+        raise LossMismatch(f"The loss is misused in {len(sentences)} ways.\n{listed}")

@@ -18,9 +18,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fallline.errors import InvalidHyperparameter, LossMismatch, LossMisused
+from fallline.errors import InvalidHyperparameter, LossMisused
 from fallline.losses.base import Loss
-from fallline.losses.misuse.check import check, refusal
+from fallline.losses.misuse.check import require
 from fallline.losses.misuse.given import tensors
 from fallline.losses.wrapped import understood
 
@@ -41,10 +41,7 @@ class Watch:
             LossMismatch: for findings of severity "error".
         """
         loss, prediction, target = _sorted(thing, arguments, keywords)
-        found = check(loss, prediction, target)
-        errors = [each for each in found if each.severity == "error"]
-        if errors:
-            raise LossMismatch(refusal(errors))
+        found = require(loss, prediction, target)
         self.left -= 1
         for each in found:
             if each.severity == "warning" and each.code not in self.warned:

@@ -93,6 +93,17 @@ def note(code: str, seen: str, why: str, fix: str) -> Finding:
     return Finding("note", code, seen, why, fix)
 
 
+def errors_among(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings that refuse training."""
+    return [finding for finding in findings if finding.severity == "error"]
+
+
+def not_yet_said(findings: Iterable[Finding], told: Iterable[Finding]) -> list[Finding]:
+    """The findings of whose codes none was told."""
+    said = {finding.code for finding in told}
+    return [finding for finding in findings if finding.code not in said]
+
+
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
     """The findings, each once, errors first."""
     order = {"error": 0, "warning": 1, "note": 2}

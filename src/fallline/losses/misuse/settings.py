@@ -17,7 +17,7 @@ from fallline.errors import FalllineError
 from fallline.losses import wrapped
 from fallline.losses.base import Prediction, Target
 from fallline.losses.catalogue import registry
-from fallline.losses.misuse.finding import Finding, error, note, warning
+from fallline.losses.misuse.finding import Finding, error, errors_among, note, warning
 from fallline.losses.misuse.given import Given, kind, shape, thinned
 from fallline.losses.misuse.shapes import broadcast
 
@@ -26,7 +26,7 @@ def setting_findings(given: Given) -> Iterator[Finding]:
     """What is wrong with the arguments of the loss."""
     refused = list(_refused(given))
     yield from refused
-    if any(found.severity == "error" for found in refused):
+    if errors_among(refused):
         return
     weight = _as_tensor(given.settings.get("weight"))
     if weight is not None and given.classes is not None:
