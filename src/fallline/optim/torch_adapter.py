@@ -257,7 +257,8 @@ class TorchOptimizer(torch.optim.Optimizer):
                 slots.append(own)
         if not needed:
             slots = [{}] * len(params)
-        kernel.run(params, grads, slots, plan.arguments, kernel.fused and suits_fused(params, grads, slots))
+        fused = kernel.fused and suits_fused(params, grads, slots)
+        kernel.run(params, grads, slots, kernel.numbers(plan.arguments), fused)
         return True
 
     def _joint_work(

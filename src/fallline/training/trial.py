@@ -1,23 +1,28 @@
 """A trial under way: one model, one optimizer, one seed. `fit` and the sequential engine both run this.
 
 The model is run as the module that it is, so any module will do. Where the optimizer works element by element and every
-parameter takes part, the parameters are views of one flat vector and the rule is called once per step. An optimizer
-made by `from_torch` is no rule: it gets a closure.
+parameter takes part, the parameters are views of one flat vector and the rule is called once per step, or torch's own
+kernel where torch has the same optimizer. An optimizer made by `from_torch` is no rule: it gets a closure.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fallline.errors import FalllineError
+from fallline.losses import Loss, cross_entropy, huber, mse, smooth_l1
 from fallline.optim import Landscape, Optimizer, State
+from fallline.optim.kernels import FlatStep, flat_step
 from fallline.optim.torch_own import TorchOwn, state_from_tensors, state_to_tensors
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
@@ -27,6 +32,33 @@ from fallline.training.step import Program, gradients, joined
 
 # Samples per forward pass when the model is evaluated.
 EVALUATION_CHUNK = 1024
+# torch's functions for the losses that it computes in one kernel with the same value and gradient.
+TORCH_LOSSES: Mapping[Callable[..., Loss], Callable[..., Tensor]] = {
+    cross_entropy: functional.cross_entropy,
+    mse: functional.mse_loss,
+    huber: functional.huber_loss,
+    smooth_l1: functional.smooth_l1_loss,
+}
+# On a CPU torch's cross-entropy is the slower one for more samples than these.
+LARGEST_CROSS_ENTROPY = 256
+
+
+@dataclass(frozen=True)
+class Flat:
+    """All parameters as one vector, for an optimizer that works element by element.
+
+    Attributes:
+        layout: where each parameter lies.
+        parameters: the vector that the model's parameters are views of.
+        gradient: room for their gradients, and `parts`, its views.
+        kernel: the step in place, where torch has the optimizer too.
+    """
+
+    layout: Layout
+    parameters: Tensor
+    gradient: Tensor
+    parts: list[Tensor]
+    kernel: FlatStep | None = None
 
 
 class Trial:
@@ -49,16 +81,19 @@ class Trial:
             self._random = _random_state(device)
         module.train()
         self.program = Program(module, task.loss)
+        self.loss = fewer_kernels(task.loss, task.train.y)
         self.params: dict[str, nn.Parameter] = self.program.trainable()
         self.order = BatchOrder(
-            len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle
+            len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle, device=device
         )
         self.train = (task.train.x.to(device), task.train.y.to(device))
         self.validation = (task.validation.x.to(device), task.validation.y.to(device))
-        self.layout: Layout | None = None
-        self.flat: Tensor | None = None
+        self.flat: Flat | None = None
         self.own: torch.optim.Optimizer | None = None
         self.state: State = {}
+        # Asking for a loss costs nothing on a CPU, and on any other device holds the program up: there the steps of a
+        # diverged trial go on, and change nothing.
+        self._asks = device.type == "cpu"
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._numbers = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in optimizer.numbers.items()}
         self._lay_out()
@@ -72,10 +107,8 @@ class Trial:
         """Makes `count` steps; returns their mini-batch losses, NaN from the step after the one that diverged."""
         losses: list[Tensor] = []
         with self._own_random_numbers():
-            for _ in range(count):
+            while self.alive and len(losses) < count:
                 losses.append(self._one_step())
-                if (self.device.type == "cpu" or self.own is not None) and not losses[-1].isfinite():
-                    break
         recorded = torch.stack(losses).double().cpu().numpy() if losses else np.zeros(0)
         bad = np.flatnonzero(~np.isfinite(recorded))
         if bad.size:
@@ -100,14 +133,14 @@ class Trial:
             return self._state_of_module()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that going on from here needs, as tensors by name."""
+        """A copy of everything that going on from here needs, as tensors by name."""
         kept = {f"model/{name}": tensor for name, tensor in self._state_of_module().items()}
         if self.own is not None:
             kept.update({f"optimizer/{name}": t for name, t in state_to_tensors(self.own.state_dict()).items()})
         else:
-            kept["optimizer/step"] = self.state["step"]
+            kept["optimizer/step"] = self.state["step"].clone()
         for name, slots in self.state.get("slots", {}).items():
-            kept.update({f"optimizer/slots/{slot}/{name}": tensor for slot, tensor in slots.items()})
+            kept.update({f"optimizer/slots/{slot}/{name}": tensor.clone() for slot, tensor in slots.items()})
         kept["random/cpu"] = self._random[0]
         if len(self._random) > 1:
             kept["random/device"] = self._random[1]
@@ -129,31 +162,37 @@ class Trial:
         for name, tensor in tensors.items():
             if name.startswith("optimizer/slots/"):
                 slot, parameter = name.removeprefix("optimizer/slots/").split("/", 1)
-                slots.setdefault(parameter, {})[slot] = tensor.to(self.device)
+                slots.setdefault(parameter, {})[slot] = tensor.to(self.device, copy=True)
         if self.flat is not None and slots.keys() != {FLAT}:
             self._separate()
         self.state = {
-            "step": tensors["optimizer/step"].to(self.device),
+            "step": tensors["optimizer/step"].to(self.device, copy=True),
             "slots": {**{name: {} for name in self.state["slots"]}, **slots},
         }
 
     def _one_step(self) -> Tensor:
-        index = self.order.at(self.step).to(self.device)
+        index = self.order.at(self.step)
         x, y = self.train[0].index_select(0, index), self.train[1].index_select(0, index)
-        if self.own is not None:
-            loss = self._own_step(self.own, x, y)
-            self.step += 1
-            return loss
-        loss = self.task.loss(self.module(x), y)
-        surveys = self.optimizer.surveys(self.step)
-        slopes = gradients(loss, self.params, keep=surveys and self.optimizer.curves)
-        grads = {name: slope.detach() for name, slope in slopes.items()}
-        loss = loss.detach()
-        landscape = self.program.landscape(self.params, x, y, slopes) if surveys else None
-        with torch.no_grad():
-            self._finite = self._finite & torch.isfinite(loss)  # once diverged, a finite loss is no new life
-            self._update(grads, self._finite, landscape)
+        loss = self._rule_step(x, y) if self.own is None else self._own_step(self.own, x, y)
         self.step += 1
+        return loss
+
+    def _rule_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step of a rule, unless the loss is not finite; returns the loss before it."""
+        surveys = self.optimizer.surveys(self.step)
+        keep = surveys and self.optimizer.curves
+        loss = (self.task.loss if surveys else self.loss)(self.module(x), y)
+        if self._asks and not math.isfinite(loss.item()):
+            self.alive = False
+            return loss.detach()
+        slopes = gradients(loss, self.params, keep=keep)
+        landscape = self.program.landscape(self.params, x, y, slopes) if surveys else None
+        grads = {name: slope.detach() for name, slope in slopes.items()} if keep else slopes
+        loss = loss.detach()
+        with torch.no_grad():
+            if not self._asks:
+                self._finite = self._finite & torch.isfinite(loss)  # once diverged, a finite loss is no new life
+            self._update(grads, landscape)
         return loss
 
     def _own_step(self, own: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
@@ -177,29 +216,42 @@ class Trial:
         if not losses:
             raise FalllineError(f"{self.optimizer.name}.step(closure) did not call the closure: it has to.")
         if not losses[0].isfinite():
+            self.alive = False
             with torch.no_grad():
                 for name, p in self.params.items():
                     p.copy_(before[name])
         return losses[0]
 
-    def _update(self, grads: dict[str, Tensor], finite: Tensor, landscape: Landscape | None) -> None:
-        """The optimizer's step, unless the loss is not finite: then the parameters stay as they are."""
+    def _update(self, grads: dict[str, Tensor], landscape: Landscape | None) -> None:
+        """The optimizer's step; where a diverged trial goes on, its parameters stay as they are."""
         if self.flat is not None and len(grads) < len(self.params):
             self._separate()
+        if self.flat is not None:
+            torch._foreach_copy_(self.flat.parts, list(grads.values()))
+            if self.flat.kernel is not None:
+                self._update_in_place(self.flat, self.flat.kernel)
+                return
+            grads = {FLAT: self.flat.gradient}
         params = self._trained()
-        if self.flat is not None and self.layout is not None:
-            grads = {FLAT: self.layout.flatten(grads)}
         updates, state = self.optimizer.update(
             grads, self.state, params, self._numbers, steps=self.steps, step=self.step, landscape=landscape
         )
-        self.state = state_where(finite, state, self.state) if self.optimizer.moves_evaluation else state
-        self.state = apart_from(params.values(), self.state)
+        if not self._asks and self.optimizer.moves_evaluation:
+            state = state_where(self._finite, state, self.state)
+        reused = [self.flat.gradient] if self.flat is not None else []
+        self.state = apart_from([*params.values(), *reused], state)
         for name, update in updates.items():
-            params[name].add_(torch.where(finite, update, 0))
+            params[name].add_(update if self._asks else torch.where(self._finite, update, 0))
+
+    def _update_in_place(self, flat: Flat, kernel: FlatStep) -> None:
+        before = None if self._asks else flat.parameters.clone()
+        kernel(flat.parameters, flat.gradient, self.state["slots"][FLAT], self.state["step"], self.step)
+        if before is not None:
+            torch.where(self._finite, flat.parameters, before, out=flat.parameters)
 
     def _trained(self) -> Mapping[str, Tensor]:
         """The tensors that the optimizer sees: the parameters, or the vector that they are views of."""
-        return {FLAT: self.flat} if self.flat is not None else self.params
+        return {FLAT: self.flat.parameters} if self.flat is not None else self.params
 
     @contextmanager
     def _evaluation_parameters(self) -> Iterator[None]:
@@ -230,20 +282,23 @@ class Trial:
         dtypes = {p.dtype for p in self.params.values()}
         init = functools.partial(self.optimizer.init, numbers=self._numbers, steps=self.steps, seed=self.seed)
         if self.optimizer.elementwise and len(dtypes) == 1 and not next(iter(dtypes)).is_complex:
+            layout = Layout.of(self.params)
             with torch.no_grad():
-                self.layout = Layout.of(self.params)
-                self.flat = self.layout.flatten(self.params)
-                for name, view in self.layout.views(self.flat).items():
+                flat = layout.flatten(self.params)
+                for name, view in layout.views(flat).items():
                     self.params[name].data = view
-            self.state = init({FLAT: self.flat})
+            gradient = torch.zeros_like(flat)
+            self.state = init({FLAT: flat})
+            kernel = flat_step(self.optimizer, flat, self.state["slots"][FLAT], steps=self.steps)
+            self.flat = Flat(layout, flat, gradient, list(layout.views(gradient).values()), kernel)
         else:
             self.state = init({name: p.detach() for name, p in self.params.items()})
 
     def _separate(self) -> None:
         """Goes on parameter by parameter: some parameter takes no part in the loss, and is not to be updated."""
-        assert self.layout is not None
-        self.state = self.layout.split(self.state)
-        self.flat = self.layout = None
+        assert self.flat is not None
+        self.state = self.flat.layout.split(self.state)
+        self.flat = None
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
@@ -253,6 +308,36 @@ class Trial:
                 torch.cuda.set_rng_state(self._random[1], self.device)
             yield
             self._random = _random_state(self.device)
+
+
+def fewer_kernels(loss: Loss, targets: Tensor) -> Callable[[Any, Tensor], Tensor]:
+    """The loss, through torch's function for the batches for which that is the same and takes less time.
+
+    Args:
+        targets: all that there are. Where some are to be ignored a mean may be over nothing, which torch makes NaN.
+    """
+    function = TORCH_LOSSES.get(loss.call.function) if loss.call is not None else None
+    if loss.call is None or function is None or any(isinstance(number, Tensor) for number in loss.numbers.values()):
+        return loss
+    classes = function is functional.cross_entropy
+    if classes:
+        given = loss.call.arguments
+        ignored = targets == given["ignore_index"]
+        if given["weight"] is not None or targets.dtype != torch.int64 or bool(ignored.any()):
+            return loss
+    compute = functools.partial(function, reduction=loss.reduction, **loss.numbers)
+
+    def computed(prediction: Any, target: Tensor) -> Tensor:
+        if not isinstance(prediction, Tensor) or prediction.dtype not in (torch.float32, torch.float64):
+            return loss(prediction, target)
+        if classes:
+            few = prediction.device.type != "cpu" or target.numel() <= LARGEST_CROSS_ENTROPY
+            same = few and target.dim() == 1 and prediction.dim() == 2 and prediction.shape[:1] == target.shape
+        else:
+            same = prediction.shape == target.shape and prediction.dtype == target.dtype
+        return compute(prediction, target) if same else loss(prediction, target)
+
+    return computed
 
 
 def state_where(condition: Tensor, new: Any, old: Any) -> Any:
@@ -266,7 +351,7 @@ def state_where(condition: Tensor, new: Any, old: Any) -> Any:
 
 
 def apart_from(params: Iterable[Tensor], state: Any) -> Any:
-    """The state, with copies of what shares memory with the parameters: those are moved in place."""
+    """The state, with copies of what shares memory with tensors that change in place: parameters, a gradient's room."""
     taken = {p.untyped_storage().data_ptr() for p in params}
 
     def own(tree: Any) -> Any:
