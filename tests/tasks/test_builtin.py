@@ -23,7 +23,7 @@ FACTS = {
     "two_moons": ((800, 2), (800, 1), 200, 64, 129),
     "mnist1d": ((4000, 40), (4000,), 1000, 100, 15210),
     "mnist1d_cnn": ((4000, 1, 40), (4000,), 1000, 100, 5210),
-    "quadratic_deep": ((1000, 100), (1000, 100), 1000, 128, 100),
+    "quadratic_deep": ((1000, 101), (1000,), 1000, 128, 100),
 }
 
 
@@ -185,7 +185,10 @@ def test_quadratic_deep_has_deepobs_constants() -> None:
         value = 0.5 * np.einsum("ni,ij,nj->n", away, curvature, away)
         model = task.build_model(0)
         np.testing.assert_allclose(task.loss.per_sample(model(data.x), data.y).detach(), value, rtol=1e-10)
-        np.testing.assert_allclose(float(task.loss(model(data.x), data.y).detach()), value.mean(), rtol=1e-10)
+        loss = task.loss(model(data.x), data.y)
+        np.testing.assert_allclose(float(loss.detach()), value.mean(), rtol=1e-10)
+        loss.backward()
+        np.testing.assert_allclose(model.theta.grad, away.mean(0) @ curvature, rtol=1e-10)
     assert (task.batch_size, task.drop_last, task.metric.name) == (128, True, "validation loss")
 
 

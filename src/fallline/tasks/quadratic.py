@@ -22,22 +22,27 @@ def quadratic_deep(dtype: torch.dtype = torch.float32) -> Task:
     The loss of a batch is the mean of ½ (θ − x)ᵀ Q (θ − x) over its points x, where Q = Rᵀ diag(λ) R has 90
     eigenvalues from U(0, 1) and 10 from U(30, 60). θ starts at 1 in each coordinate, whatever the seed; x is
     drawn from N(0, 0.6²), 1,000 points for training and 1,000 for validation. As in DeepOBS the last short
-    batch of an epoch is dropped: 7 steps an epoch. The model gives θ − x [N, 100], which the target 0 [N,
-    100] is compared with.
+    batch of an epoch is dropped: 7 steps an epoch.
+
+    What depends on the points alone is computed once: a sample is (Qx, ½ xᵀQx) [101], the model gives ½ θᵀQθ − θᵀQx +
+    ½ xᵀQx, and the loss is the mean of that. The product with Q is then one per step, and not one per point.
 
     Source: F. Schneider, L. Balles, P. Hennig, "DeepOBS: A Deep Learning Optimizer Benchmark Suite", ICLR
     2019; the eigenvalues follow P. Chaudhari et al., "Entropy-SGD", arXiv 1611.01838.
     """
+    matrix = torch.tensor(hessian())
     train, validation = (
-        torch.tensor(np.random.RandomState(seed).normal(0.0, 0.6, (1000, DIMENSIONS)).astype(np.float32))
+        _terms_of(
+            torch.tensor(np.random.RandomState(seed).normal(0.0, 0.6, (1000, DIMENSIONS)).astype(np.float32)), matrix
+        )
         for seed in (42, 43)
     )
     return Task(
         "quadratic_deep",
-        partial(Displacement, dtype),
-        (train.to(dtype), torch.zeros(1000, DIMENSIONS, dtype=dtype)),
-        quadratic_form(torch.tensor(hessian(), dtype=dtype)),
-        validation=(validation.to(dtype), torch.zeros(1000, DIMENSIONS, dtype=dtype)),
+        partial(Quadratic, matrix.to(dtype)),
+        (train.to(dtype), torch.zeros(1000, dtype=dtype)),
+        above_target(),
+        validation=(validation.to(dtype), torch.zeros(1000, dtype=dtype)),
         batch_size=128,
         drop_last=True,
         source=(
@@ -47,35 +52,38 @@ def quadratic_deep(dtype: torch.dtype = torch.float32) -> Task:
     )
 
 
-class Displacement(nn.Module):
-    """A point θ, started at 1: x [N, 100] -> θ − x [N, 100]."""
+class Quadratic(nn.Module):
+    """A point θ, started at 1: (Qx, ½ xᵀQx) [N, 101] -> ½ (θ − x)ᵀ Q (θ − x) [N]."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.ones(DIMENSIONS, dtype=dtype))
+        self.theta = nn.Parameter(torch.ones(DIMENSIONS, dtype=matrix.dtype))
+        self.register_buffer("matrix", matrix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.theta - x
+    def forward(self, terms: Tensor) -> Tensor:
+        mixed, own = terms[..., :-1], terms[..., -1]
+        return 0.5 * (self.theta @ self.matrix * self.theta).sum() - mixed @ self.theta + own
 
 
-def quadratic_form(matrix: Tensor) -> Loss:
-    """The loss ½ (p − t)ᵀ Q (p − t), averaged over samples, for a symmetric Q [D, D] and p, t of shape [N,
-    D].
+def _terms_of(points: Tensor, matrix: Tensor) -> Tensor:
+    """(Qx, ½ xᵀQx) [N, 101] of points x [N, 100]."""
+    mixed = points.double() @ matrix
+    return torch.cat([mixed, 0.5 * (mixed * points).sum(1, keepdim=True)], dim=1)
 
-    >>> quadratic_form(torch.tensor([[4.0]]))(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))
-    tensor(10.)
+
+def above_target() -> Loss:
+    """The mean of prediction − target, for models that give the value to be minimised themselves.
+
+    >>> above_target()(torch.tensor([3.0, 1.0]), torch.zeros(2))
+    tensor(2.)
     """
-    return Loss(
-        name="quadratic",
-        kind="other",
-        terms=partial(_quadratic_terms, matrix),
-        written="lambda p, t: 0.5 * ((p - t) @ Q * (p - t)).sum(1).mean()",
-    )
+    return Loss(name="quadratic", kind="other", terms=_difference, written="lambda p, t: (p - t).mean()")
 
 
-def _quadratic_terms(matrix: Tensor, prediction: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, None]:
-    distance = prediction - target
-    return 0.5 * (distance @ matrix.to(distance) * distance).sum(-1), None
+def _difference(prediction: Tensor, target: Tensor, numbers: Numbers) -> tuple[Tensor, None]:
+    return prediction - target, None
 
 
 def eigenvalues(draw: np.random.RandomState) -> NDArray[np.float64]:
