@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fallline as fl
 from fallline.sweeps import search
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.vectorised import Population
 
 CPU = torch.device("cpu")
@@ -28,11 +29,10 @@ def in_every_engine(task: fl.Task, optimizer: fl.optim.Optimizer, *, steps: int,
         )  # fmt: skip
         made[engine] = result.history.train_loss[1], result.parameters(1)
     plans = search.trials(search.configurations([optimizer], [task.loss], samples=1, search_seed=0), [seed + 1, seed])
-    programs = {}
+    programs = Programs()
     population = Population(task, plans, steps=steps, device=CPU, programs=programs)
     losses = population.train_steps(steps)
-    assert programs
-    assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values()), "the step was not traced"
+    assert programs.all_traced, "the step was not traced"
     row = population.rows.tolist().index(1)
     made["traced"] = losses[row], population.parameters(row)
     return made

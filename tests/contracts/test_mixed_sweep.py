@@ -20,6 +20,7 @@ from torch import nn
 import fallline as fl
 from dadapt_adam import DAdaptAdam
 from fallline.sweeps import packs, search
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.vectorised import Population
 from fallline.training import fit as fitting
 from fallline.training.interrupt import Interrupt
@@ -124,7 +125,12 @@ def assert_equal(result: fl.Result, trial: int, other: fl.Result, theirs: int, t
         mine, expected = getattr(result.history, column)[trial], getattr(other.history, column)[theirs]
         rough = 0.02 if column == "metric" and tolerance > 1e-6 else tolerance  # a handful of digits may tip over
         np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=rough, err_msg=f"{name}: {column}")
-    assert distance(result.parameters(trial), other.parameters(theirs)) < tolerance, name
+    assert distance(result.parameters(trial), other.parameters(theirs)) < of_parameters(name, tolerance), name
+
+
+def of_parameters(name: str, tolerance: float) -> float:
+    """Muon's products are taken in bfloat16: round-off of a float32 gradient may come out as a step of 2⁻⁸."""
+    return 8 * tolerance if name.startswith("muon") and tolerance > 1e-6 else tolerance
 
 
 def test_the_sweep_is_one_of_several_kinds(mixed):
@@ -179,7 +185,8 @@ def test_every_trial_is_what_fit_returns(mixed):
         run = fl.fit(task, e.ours, steps=STEPS, seed=SEEDS[1], progress=False)
         np.testing.assert_allclose(run.history.train_loss, result.history.train_loss[trial], tolerance, tolerance)
         assert run.history.validation_loss[-1] == pytest.approx(result.history.validation_loss[trial, -1], tolerance)
-        assert distance(dict(run.model.state_dict()), result.parameters(trial)) < tolerance, e
+        apart = distance(dict(run.model.state_dict()), result.parameters(trial))
+        assert apart < of_parameters(e.ours.name, tolerance), e
 
 
 def test_the_parameters_of_a_trial_are_those_that_were_evaluated(mixed):
@@ -212,12 +219,12 @@ def plans(task):
 
 def test_tracing_changes_nothing():
     task = fl.tasks.digits(dtype=torch.float64).check()
-    runs, programs = [], {}
+    runs, programs = [], Programs()
     for kept in (None, programs):
         population = Population(task, plans(task), steps=STEPS, device=CPU, programs=kept)
         losses = population.train_steps(STEPS)
         runs.append((losses, population.evaluate(), [population.parameters(row) for row in range(len(losses))]))
-    assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
+    assert programs.all_traced
     np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=1e-9)
     np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-9)
     assert max(distance(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True)) < 1e-9

@@ -1,5 +1,7 @@
 """Invariant 2: a trial does not depend on its neighbours, its pack, its engine, or on being traced."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import fallline as fl
 from fallline.sweeps import engines, packs, search
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.traced import trace
 from fallline.sweeps.vectorised import Population
@@ -111,13 +114,15 @@ def test_tracing_changes_nothing():
     task = classification(mlp)
     chosen = plans(task, [fl.optim.sgd(lr=fl.grid([0.1, 1e308])), fl.optim.adam(lr=0.01), CLIPPED], [0, 1])
     runs = []
-    programs = {}
+    programs = Programs()
     for kept in (None, programs):
         population = Population(task, chosen, steps=30, device=CPU, programs=kept)
         losses = population.train_steps(30)
         runs.append((population, losses))
-    assert len(programs) == 2, "one for whole batches and one for the short last one"
-    assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
+    kinds = Counter(program.part.name for program in programs)
+    assert kinds.pop("the forward and backward pass") == 2, "one for whole batches and one for the short last one"
+    assert sorted(kinds.values()) == [1, 1, 2], "the update of sgd needs one for when all are alive, and one that masks"
+    assert programs.all_traced
     np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-11)
     assert np.isnan(runs[0][1]).any()
     torch.testing.assert_close(runs[0][0]._flat, runs[1][0]._flat, rtol=1e-11, atol=1e-11)
@@ -285,28 +290,29 @@ def test_a_trial_goes_on_from_its_tensors_bit_for_bit():
 def test_round_off_in_adaptive_updates_does_not_keep_a_step_from_being_traced():
     task = fl.tasks.digits().check()
     optimizers = [fl.optim.adam(lr=fl.log_grid(1e-5, 1e-1, 6)), fl.optim.lion(lr=1e-3), fl.optim.rmsprop(lr=1e-2)]
-    programs = {}
+    programs = Programs()
     population = Population(task, plans(task, optimizers, range(4, 9)), steps=30, device=CPU, programs=programs)
     population.train_steps(24)
-    assert len(programs) == 2
-    assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
+    assert len(programs) == 2 + 3
+    assert programs.all_traced
 
 
 def test_products_one_after_the_other_are_traced_too():
     task = classification(
         lambda: nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 5, bias=False), nn.Linear(5, 2))
     )
-    programs = {}
+    programs = Programs()
     chosen = plans(task, [fl.optim.sgd(lr=0.1)], [0, 1])
     traced = Population(task, chosen, steps=10, device=CPU, programs=programs).train_steps(10)
-    assert [isinstance(program, torch.fx.GraphModule) for program in programs.values()] == [True, True]
+    assert programs.all_traced
     np.testing.assert_allclose(traced, Population(task, chosen, steps=10, device=CPU).train_steps(10), rtol=1e-5)
 
 
 def test_a_traced_step_that_computes_something_else_is_not_used(monkeypatch):
     task = classification(mlp)
     wrong = lambda function, *examples: lambda *arguments: function(arguments[0] * 1.5, *arguments[1:])  # noqa: E731
-    monkeypatch.setattr("fallline.sweeps.vectorised.trace", wrong)
+    monkeypatch.setattr("fallline.sweeps.programs.trace", wrong)
     chosen = plans(task, [fl.optim.adam(lr=0.01)], [0, 1])
-    runs = [Population(task, chosen, steps=10, device=CPU, programs=kept).train_steps(10) for kept in (None, {})]
+    ways = (None, Programs())
+    runs = [Population(task, chosen, steps=10, device=CPU, programs=each).train_steps(10) for each in ways]
     np.testing.assert_array_equal(*runs)

@@ -107,9 +107,13 @@ def test_an_optimizer_that_looks_around_sees_the_trials_own_loss():
 def test_a_traced_step_reads_the_numbers_of_its_pack(monkeypatch):
     losses = [fl.losses.cross_entropy(label_smoothing=fl.grid([0.0, 0.1, 0.3, 0.5]))]
     plain = swept("vectorised", losses)
-    monkeypatch.setattr("fallline.sweeps.traced.WORTH_TRACING", 1)
+    monkeypatch.setattr("fallline.sweeps.workers.WORTH_A_PROCESS", 0)
+    monkeypatch.setattr("fallline.sweeps.calibration.WORTH_TRACING", 0)
+    speeds = {"mapped": 2.0, "traced": 1.0}
+    monkeypatch.setattr("fallline.sweeps.calibration._measured", lambda ahead, course: speeds[course.execution])
     monkeypatch.setitem(packs.LARGEST_PACK, "cpu", 8)
     traced = swept("vectorised", losses)
+    assert traced.spec["course"]["execution"] == "traced"
     np.testing.assert_allclose(traced.history.train_loss, plain.history.train_loss, rtol=1e-9)
 
 
@@ -118,9 +122,7 @@ def test_losses_that_differ_in_numbers_train_in_one_pack():
     losses = [fl.losses.cross_entropy(label_smoothing=fl.grid([0.0, 0.1])), fl.losses.cross_entropy(ignore_index=3)]
     chosen = search.configurations([fl.optim.adam(lr=RATES)], losses, samples=1, search_seed=0)
     plans = search.trials(chosen, [0])
-    planned = packs.make_packs(
-        plans, engine="vectorised", device=torch.device("cpu"), numbers_per_trial=made.train.x.shape[1], workers=1
-    )
+    planned = packs.make_packs(plans, engine="vectorised", largest=64, workers=1)
     assert [len(pack.trials) for pack in planned] == [4, 2]
 
 

@@ -15,6 +15,7 @@ from fallline.errors import InvalidHyperparameter, Unsupported
 from fallline.optim.around import around, combinator
 from fallline.optim.serial import from_data, to_data
 from fallline.sweeps import search
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.vectorised import Population
 
 o = fl.optim
@@ -418,10 +419,10 @@ def test_engines_and_traced_programs_agree(rule):
         np.testing.assert_allclose(*(getattr(run.history, name) for run in runs), rtol=1e-8)
     chosen = search.trials(configurations(rule), [0, 1])
     losses = []
-    for programs in (None, {}):
+    for programs in (None, Programs()):
         population = Population(task(), chosen, steps=20, device=torch.device("cpu"), programs=programs)
         losses.append(population.train_steps(20))
-        assert programs is None or all(isinstance(p, torch.fx.GraphModule) for p in programs.values())
+        assert programs is None or programs.all_traced
     np.testing.assert_allclose(*losses, rtol=1e-9)
 
 

@@ -9,6 +9,7 @@ from torch.func import vmap
 import fallline as fl
 from fallline.optim import matrices
 from fallline.sweeps import search
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.traced import trace
 from fallline.sweeps.vectorised import Population
 from plain_loop import plain_run
@@ -170,12 +171,11 @@ CHOICES = [
 def test_a_population_equals_its_trials_one_by_one(task, traced):
     steps = 30
     plans = search.trials(search.configurations(CHOICES, [task.loss], samples=1, search_seed=0), [0, 5])
-    programs = {} if traced else None
+    programs = Programs() if traced else None
     population = Population(task, plans, steps=steps, device=torch.device("cpu"), programs=programs)
     losses = population.train_steps(steps)
     if traced:
-        assert len(programs) == 2
-        assert all(isinstance(program, torch.fx.GraphModule) for program in programs.values())
+        assert programs.all_traced
     alone = fl.sweep(task, CHOICES, seeds=[0, 5], steps=steps, engine="sequential", workers=1, keep_parameters="all")
     together = fl.sweep(task, CHOICES, seeds=[0, 5], steps=steps, engine="vectorised", workers=1)
     np.testing.assert_allclose(together.history.train_loss, alone.history.train_loss, rtol=1e-10)

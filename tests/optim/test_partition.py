@@ -12,6 +12,7 @@ import fallline as fl
 from fallline.errors import FalllineError, InvalidHyperparameter
 from fallline.optim.serial import from_data, to_data
 from fallline.sweeps import search
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.vectorised import Population
 
 o = fl.optim
@@ -254,10 +255,10 @@ def test_engines_fit_and_traced_programs_agree(rule):
     np.testing.assert_allclose(fitted.history.train_loss, runs[0].history.train_loss[1], rtol=1e-8)
     chosen = search.trials(search.configurations([rule], [task().loss], samples=1, search_seed=0), [0, 1])
     losses = []
-    for programs in (None, {}):
+    for programs in (None, Programs()):
         population = Population(task(), chosen, steps=20, device=torch.device("cpu"), programs=programs)
         losses.append(population.train_steps(20))
-        assert programs is None or all(isinstance(p, torch.fx.GraphModule) for p in programs.values())
+        assert programs is None or programs.all_traced
     np.testing.assert_allclose(*losses, rtol=1e-8)
 
 

@@ -7,7 +7,7 @@ know which one is at work.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fallline.errors import FalllineError, InvalidSweep, nearest
 from fallline.optim import sgd
 from fallline.optim.torch_own import TorchOwn
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.search import Configuration, TrialPlan
 from fallline.sweeps.vectorised import Array, Population
 from fallline.tasks import Task
@@ -30,7 +31,7 @@ EXPLANATIONS = {
     "data-dependent": "its course depends on the data (an `if` on a tensor)",
     ".item()": "it takes a number out of a tensor (.item(), float() or int())",
 }
-ENGINES = ("auto", "vectorised", "sequential")
+ENGINES = ("auto", "vectorised", "compiled", "sequential")
 
 
 class Trained(Protocol):
@@ -101,16 +102,18 @@ def start(
     *,
     steps: int,
     device: torch.device,
-    programs: dict[Any, Callable[..., Any]] | None = None,
+    programs: Programs | None = None,
+    chunk: int | None = None,
 ) -> Trained:
     """The trials of a pack at step 0, in the engine of that name.
 
     Args:
-        programs: where traced steps are kept, for the next pack of the same shape too; None does not trace.
+        programs: where the programs of a step are kept, for the next pack of the same shape too; None makes none.
+        chunk: how many rows of a population are computed together; by default all of them.
     """
     if engine == "sequential":
         return Alone(task, plans, steps=steps, device=device)
-    return Population(task, plans, steps=steps, device=device, programs=programs)
+    return Population(task, plans, steps=steps, device=device, programs=programs, chunk=chunk)
 
 
 def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
@@ -125,8 +128,8 @@ def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
         return EngineChoice("sequential", "asked for")
     obstacle = why_not_vectorised(task, device)
     if obstacle is None:
-        return EngineChoice("vectorised", "asked for" if engine == "vectorised" else "the model can be vectorised")
-    if engine == "vectorised":
+        return EngineChoice("vectorised", "the model can be vectorised" if engine == "auto" else "asked for")
+    if engine != "auto":
         raise InvalidSweep(f"the model cannot be vectorised: {obstacle}. Give engine='sequential' or 'auto'.")
     return EngineChoice("sequential", f"the model cannot be vectorised: {obstacle}")
 
@@ -146,7 +149,7 @@ def for_all(choice: EngineChoice, asked: str, plans: Sequence[TrialPlan]) -> Eng
     if not alone or choice.engine == "sequential":
         return choice
     who = " and ".join(alone)
-    if asked == "vectorised":
+    if asked in ("vectorised", "compiled"):
         raise InvalidSweep(f"{who} cannot be vectorised: it is no rule, but torch's own. Give engine='auto'.")
     if all(of_trial("", plan) == "sequential" for plan in plans):
         return EngineChoice("sequential", f"{who} is no rule, but torch's own, which trains one trial at a time")
@@ -178,7 +181,8 @@ def why_not_vectorised(task: Task, device: torch.device) -> str | None:
         expected = gradients(loss, params)
         # One scale for all gradients: some are zero but for round-off, like that of a bias before BatchNorm.
         scale = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
-        found = {name: g[row] for name, g in {**population.constants, **grads}.items()} | {"the loss": losses[row]}
+        stacked = {**population.constants, **grads}
+        found = {name: g[row] for name, g in stacked.items()} | population.shared | {"the loss": losses[row]}
         for name, alone in {**expected, **program.constants(), "the loss": loss.detach()}.items():
             if name not in found or not _agree(found[name], alone, scale if name in expected else None):
                 return f"{_owner(program.module, name)} gives another result in a population than alone"

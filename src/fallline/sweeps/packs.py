@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from fallline.sweeps import engines
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.vectorised import Array
 from fallline.tasks import Task
@@ -22,10 +23,10 @@ from fallline.training import checkpoint
 SECONDS_BETWEEN_CHECKPOINTS = 15.0
 # How long Ctrl-C may have to wait.
 SECONDS_PER_PIECE = 0.5
-# Trials in a pack: enough to fill the vector units, few enough that parameters and optimizer state stay in the cache.
-LARGEST_PACK = {"cpu": 64, "cuda": 4096}
-# Numbers that a pack may hold in parameters, gradients and optimizer state.
-LARGEST_STATE = {"cpu": 2**25, "cuda": 2**29}
+# Trials in a pack, at most; what stays in the cache or fits into the memory is mostly less.
+LARGEST_PACK = {"cpu": 2048, "cuda": 4096}
+# Trials whose optimizers have one structure get packs of their own when there are so many of them.
+ENOUGH_FOR_A_PACK = 16
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Job:
         evaluate_every: steps between evaluations, which end a block.
         folder: the run directory.
         keep_parameters: "best" (of each configuration) or "all".
-        traced: whether the vectorised engine traces its step.
-        programs: the traced steps by shape; a cache, which each worker fills for itself.
+        programs: the programs of the vectorised engine's step, to which each worker may add; None makes none.
+        chunk: rows of a population that are computed together; None for all.
     """
 
     task: Task
@@ -88,29 +89,44 @@ class Job:
     evaluate_every: int
     folder: Path
     keep_parameters: str
-    traced: bool = False
-    programs: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    programs: Programs | None = None
+    chunk: int | None = None
 
 
 def make_packs(
-    plans: Sequence[TrialPlan], *, engine: str, device: torch.device, numbers_per_trial: int, workers: int
+    plans: Sequence[TrialPlan], *, engine: str, largest: int, workers: int, chunk: int | None = None
 ) -> list[Pack]:
     """Cuts a sweep into packs of one kind of loss and one engine, alike in size.
 
-    Trials of the same seed come together, because they share batches.
+    Trials of one kind of optimizer come together where there are enough of them, because they are updated together; and
+    those of the same seed, because they share batches.
+
+    Args:
+        largest: trials in a pack.
+        workers: how many packs are trained side by side.
+        chunk: rows that are computed together; packs are cut at multiples of it where there are enough trials.
     """
-    kind = device.type
-    largest = max(1, min(LARGEST_PACK[kind], LARGEST_STATE[kind] // max(1, 6 * numbers_per_trial)))
-    packs: list[Pack] = []
-    alike: dict[tuple[Hashable, str], list[TrialPlan]] = {}
+    alike: dict[tuple[Hashable, str, Hashable], list[TrialPlan]] = {}
     for plan in plans:
-        alike.setdefault((plan.configuration.loss.structure, engines.of_trial(engine, plan)), []).append(plan)
-    for (_, own_engine), own in alike.items():
+        loss, own_engine = plan.configuration.loss.structure, engines.of_trial(engine, plan)
+        alike.setdefault((loss, own_engine, plan.configuration.optimizer.structure), []).append(plan)
+    largest = max(1, largest)
+    groups: dict[tuple[Hashable, str, Hashable], list[TrialPlan]] = {}
+    for (loss, own_engine, structure), own in alike.items():
+        few = len(own) < min(ENOUGH_FOR_A_PACK, largest)
+        groups.setdefault((loss, own_engine, None if few else structure), []).extend(own)
+    packs: list[Pack] = []
+    for (_, own_engine, _), own in groups.items():
         own.sort(key=lambda plan: (plan.seed, plan.index))
-        count = len(own) if own_engine == "sequential" else -(-len(own) // largest)
-        count = min(len(own), -(-count // workers) * workers)
-        for part in np.array_split(np.array([plan.index for plan in own]), count):
-            packs.append(Pack(len(packs), tuple(int(i) for i in part)))
+        if own_engine == "sequential":
+            cuts = [[plan] for plan in own]
+        elif chunk is not None:
+            size = chunk * max(1, min(largest, -(-len(own) // workers)) // chunk)
+            cuts = [own[start : start + size] for start in range(0, len(own), size)]
+        else:
+            count = min(len(own), -(-len(own) // (largest * workers)) * workers)
+            cuts = [[own[i] for i in part] for part in np.array_split(np.arange(len(own)), count)]
+        packs += [Pack(len(packs) + i, tuple(plan.index for plan in part)) for i, part in enumerate(cuts)]
     return packs
 
 
@@ -124,7 +140,7 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
     task = job.task.with_loss(plans[0].configuration.loss)
     engine = engines.of_trial(job.engine, plans[0])
     population = engines.start(
-        engine, task, plans, steps=job.steps, device=job.device, programs=job.programs if job.traced else None
+        engine, task, plans, steps=job.steps, device=job.device, programs=job.programs, chunk=job.chunk
     )
     place = job.folder / "packs" / f"{pack.index:05d}"
     block = _restored(population, place)

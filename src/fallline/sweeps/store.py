@@ -60,7 +60,7 @@ class RunDirectory:
         made: Path | None = None
         parents = [parent for parent in path.parents if not parent.exists()]
         try:
-            _require_free(path)
+            require_free(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             made.chmod(0o755)
@@ -152,7 +152,8 @@ def read_spec(path: Path) -> dict[str, Any]:
     return spec
 
 
-def _require_free(path: Path) -> None:
+def require_free(path: Path) -> None:
+    """Refuses a path at which there is something already."""
     if path.is_dir():
         if (path / SPEC).exists():
             raise RunDirectoryError(f"{path} holds another run: resume it, or give another directory.")

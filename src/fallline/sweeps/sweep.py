@@ -28,12 +28,11 @@ from fallline.errors import (
 from fallline.losses import Loss, as_loss
 from fallline.optim import Optimizer, adam, rmsprop, sgd
 from fallline.optim.catalogue import learning_rate_grid
-from fallline.sweeps import engines, packs, search, workers
+from fallline.sweeps import calibration, engines, packs, search, workers
 from fallline.sweeps.packs import Block, Job, Pack
 from fallline.sweeps.result import Result, best_trial, with_results
-from fallline.sweeps.search import Configuration, TrialPlan
-from fallline.sweeps.store import TRIALS, RunDirectory, evaluation_steps, history_of
-from fallline.sweeps.traced import worth_tracing
+from fallline.sweeps.search import Configuration
+from fallline.sweeps.store import TRIALS, RunDirectory, evaluation_steps, history_of, require_free
 from fallline.tasks import Task
 from fallline.tasks import registry as built_in_tasks
 from fallline.training import checkpoint
@@ -55,8 +54,11 @@ INCIDENTAL = (
     "task_code",
     "command",
     "engine_reason",
+    "course",
+    "calibration",
     "workers",
     "seconds",
+    "training_seconds",
     "trials_per_second",
     "complete",
     "packs",
@@ -106,7 +108,8 @@ def sweep(
         epochs: passes over the training data per trial, instead of steps.
         samples: how many points are drawn for optimizers that search ranges.
         search_seed: draws them.
-        engine: "vectorised", "sequential", or "auto": vectorised where the model allows it.
+        engine: "vectorised", "sequential", or "auto": vectorised where the model allows it and it is faster, which is
+            measured where there is much ahead. A vectorised step is compiled where that pays; "compiled" always does.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that train side by side on the CPU; "auto" is one per core where that pays.
         evaluate_every: steps between evaluations; by default a twentieth of training.
@@ -159,11 +162,6 @@ def sweep(
         warnings.warn(f"training one trial at a time: {choice.reason}.", TrainedSequentially, stacklevel=2)
     choice = engines.for_all(choice, engine, plans)
     parameters = int(str(first.describe()["parameters"]))
-    work = float(len(plans)) * budget * parameters * task.batch_size
-    processes = _workers(workers, where, len(plans), work)
-    planned = packs.make_packs(
-        plans, engine=choice.engine, device=where, numbers_per_trial=parameters, workers=processes
-    )
     spec = {
         "task": first.describe(),
         "task_code": task_code or _task_code(task),
@@ -179,15 +177,12 @@ def sweep(
         "samples": samples,
         "search_seed": search_seed,
         "engine": choice.engine,
-        "engine_reason": choice.reason,
         "device": _device_name(where),
-        "workers": min(processes, len(planned)),
         "keep_parameters": keep_parameters,
         "batch_order": _batch_order(task),
         "versions": _versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
-        "packs": [list(pack.trials) for pack in planned],
         "seconds": 0.0,
         "trials_per_second": None,
         "complete": False,
@@ -196,12 +191,29 @@ def sweep(
         raise RunDirectoryError("resume=True needs the directory of the run: give out=….")
     temporary = Path(mkdtemp(prefix="fallline-")) if out is None else None
     path = temporary / "run" if temporary is not None else Path(str(out))
+    ahead = calibration.Ahead(first, plans, where, budget, parameters, progress)
     try:
-        directory = _open(path, spec, resume, chosen, plans)
-        traced = choice.engine == "vectorised" and worth_tracing(len(plans), budget, processes)
-        job = Job(first, plans, choice.engine, where, budget, every, path, keep_parameters, traced)
+        if resume:
+            directory = _opened(path, spec, engine)
+            course = calibration.resumed(ahead, choice, directory.spec)
+        else:
+            require_free(path)
+            course = calibration.course_of(ahead, choice, asked=engine, asked_workers=workers)
+            spec |= {
+                "engine": course.engine,
+                "engine_reason": course.reason,
+                "course": course.recorded,
+                "calibration": course.facts,
+                "workers": course.workers,
+                "packs": [list(pack.trials) for pack in ahead.packs(course)],
+            }
+            directory = RunDirectory.create(path, spec, chosen, plans)
+        job = Job(
+            first, plans, course.engine, where, budget, every, path, keep_parameters, course.programs, course.chunk
+        )
+        processes = None if course.threads is None else course.workers
         try:
-            _train(job, directory, processes, progress, task.name, began)
+            _train(job, directory, processes, progress, f"{task.name} ({course.name})", began)
         except FalllineError:
             if not resume and directory.recorded().is_empty():
                 directory.remove()  # nothing to keep, nothing to go on from
@@ -225,7 +237,9 @@ def _check_parameters(task: Task, chosen: Sequence[Configuration]) -> None:
         optimizer.check(params)
 
 
-def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | None, name: str, began: float) -> None:
+def _train(
+    job: Job, directory: RunDirectory, processes: int | None, progress: bool | None, title: str, began: float
+) -> None:
     """Trains what is not trained yet and writes it down."""
     seconds_before = float(directory.spec["seconds"])
     planned = [Pack(i, tuple(trials)) for i, trials in enumerate(directory.spec["packs"])]
@@ -233,11 +247,11 @@ def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | N
     interrupt = Interrupt()
     pending: list[Block] = []
     written = time.monotonic()
+    started = time.monotonic()
     if waiting:
-        title = f"sweep {name} ({job.engine})"
-        with Progress(title, len(job.plans), "trial", show=progress) as bar, interrupt.listening():
+        with Progress(f"sweep {title}", len(job.plans), "trial", show=progress) as bar, interrupt.listening():
             bar.start_from(done)
-            messages = workers.train_packs(job, waiting, min(processes, len(planned)), lambda: interrupt.requested)
+            messages = workers.train_packs(job, waiting, processes, lambda: interrupt.requested)
             with contextlib.closing(messages):
                 try:
                     for message in messages:
@@ -251,6 +265,7 @@ def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | N
                             written = time.monotonic()
                 finally:
                     directory.append(pending)
+    trained = directory.spec.get("training_seconds", 0.0) + time.monotonic() - started
     recorded = directory.recorded()
     history = history_of(recorded, len(job.plans), job.steps, job.evaluate_every, np.float64)
     higher = job.task.metric.higher_is_better
@@ -258,7 +273,13 @@ def _train(job: Job, directory: RunDirectory, processes: int, progress: bool | N
     complete = bool((trials["status"] != "interrupted").all())
     seconds = seconds_before + time.monotonic() - began
     ended = int((trials["status"] != "interrupted").sum())
-    directory.finish(trials, complete=complete, seconds=seconds, trials_per_second=ended / seconds)
+    directory.finish(
+        trials,
+        complete=complete,
+        seconds=seconds,
+        training_seconds=trained,
+        trials_per_second=ended / seconds,
+    )
     if complete and job.keep_parameters == "best":
         _keep_best_parameters(directory.path, trials, higher)
 
@@ -321,18 +342,13 @@ def _keep_best_parameters(path: Path, trials: pl.DataFrame, higher_is_better: bo
                 packs.parameters_file(path, trial).unlink()
 
 
-def _open(
-    path: Path,
-    spec: dict[str, Any],
-    resume: bool,
-    chosen: Sequence[search.Configuration],
-    plans: Sequence[TrialPlan],
-) -> RunDirectory:
-    if not resume:
-        return RunDirectory.create(path, spec, chosen, plans)
+def _opened(path: Path, spec: dict[str, Any], asked: str) -> RunDirectory:
+    """The run that is to be gone on with, which must be the same sweep."""
     if not path.exists():
         raise RunDirectoryError(f"there is nothing to resume at {path}: it does not exist. Leave resume out.")
     directory = RunDirectory(path)
+    if asked == "auto":  # whatever was faster then
+        spec = {**spec, "engine": directory.spec["engine"]}
     for name, here in _facts(spec):
         there = dict(_facts(directory.spec)).get(name)
         if here != there:
@@ -434,10 +450,6 @@ def _steps(task: Task, steps: int | None, epochs: int | None) -> int:
     steps = 1000 if steps is None else steps
     check_budget("steps", steps)
     return steps
-
-
-def _workers(given: int | str, device: torch.device, trials: int, work: float) -> int:
-    return workers.worker_count(given, device=device, packs=trials, work=work)
 
 
 def _task_code(task: Task) -> str:

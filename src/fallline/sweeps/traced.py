@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import fx
 
-# Trial-steps per worker from which on tracing saves more than it costs (some two seconds, and 20 µs a trial-step).
-WORTH_TRACING = 100_000
 ATEN = torch.ops.aten
 # Operations that return their input, or a view of it that is the same tensor when the shape is.
 IDENTITIES = (ATEN.detach.default, ATEN.alias.default)
 # A batched product with at most so many columns is computed the other way round.
 NARROW = 32
+ZEROS = (ATEN.new_zeros.default, ATEN.zeros.default, ATEN.zeros_like.default)
 IDENTITIES_OF_SHAPE = (ATEN.view.default, ATEN.expand.default, ATEN._unsafe_view.default)
 
 
-def trace(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+def trace(function: Callable[..., Any], *examples: Any) -> fx.GraphModule:
     """`function` as a program for arguments of these shapes and types.
 
     Raises:
@@ -35,17 +34,12 @@ def trace(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
 
     traced: fx.GraphModule = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
     _leave_out_what_does_nothing(traced.graph)
+    _select_instead_of_scattering(traced.graph)
     _turn_matrix_products(traced.graph)
+    _let_views_be_copies(traced.graph)
+    traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
-
-
-def worth_tracing(trials: int, steps: int, workers: int) -> bool:
-    """Whether there is work enough ahead; if so, what tracing needs is imported here, before workers are forked."""
-    if trials * steps < WORTH_TRACING * workers:
-        return False
-    trace(torch.neg, torch.zeros(1))
-    return True
 
 
 def _leave_out_what_does_nothing(graph: fx.Graph) -> None:
@@ -64,7 +58,38 @@ def _leave_out_what_does_nothing(graph: fx.Graph) -> None:
         if unchanged:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+
+
+def _select_instead_of_scattering(graph: fx.Graph) -> None:
+    """One value per row that is added to zeros at an index is a selection, which is computed side by side.
+
+    That is what the gradient of picking one class is; scattered, every value is a memory access of its own.
+    """
+    for node in list(graph.find_nodes(op="call_function", target=ATEN.scatter_add.default)):
+        zeros, dim, index, source = node.args
+        if zeros.target not in ZEROS or index.meta["val"].shape[dim] != 1 or source.meta["val"].shape[dim] != 1:
+            continue
+        like, to = zeros.meta["val"], index.meta["val"]
+        if any(to.shape[d] != size for d, size in enumerate(like.shape) if d != dim % like.dim()):
+            continue
+        with graph.inserting_before(node):
+            number = graph.call_function(
+                ATEN.arange.default, (like.shape[dim],), {"dtype": torch.int64, "device": like.device}
+            )
+            shape = [like.shape[dim] if d == dim % like.dim() else 1 for d in range(like.dim())]
+            column = graph.call_function(ATEN.reshape.default, (number, shape))
+            chosen = graph.call_function(ATEN.eq.Tensor, (column, index))
+            selected = graph.call_function(ATEN.where.ScalarOther, (chosen, source, 0.0))
+        selected.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(selected)
+        graph.erase_node(node)
+
+
+def _let_views_be_copies(graph: fx.Graph) -> None:
+    """A view of what is laid out otherwise than while tracing is a copy."""
+    for target in (ATEN.view.default, ATEN._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = ATEN.reshape.default
 
 
 def _turn_matrix_products(graph: fx.Graph) -> None:
@@ -91,7 +116,6 @@ def _turn_matrix_products(graph: fx.Graph) -> None:
                 back = graph.call_function(ATEN.transpose.int, (turned, 1, 2))
                 back.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(back)
-    graph.eliminate_dead_code()
 
 
 def _swaps_last_two(node: fx.Node) -> bool:

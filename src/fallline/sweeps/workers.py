@@ -36,34 +36,26 @@ Message = Block | PackEnd
 WORTH_A_PROCESS = 5e8
 
 
-def worker_count(workers: int | str, *, device: torch.device, packs: int, work: float) -> int:
-    """How many processes train: as many as asked for, or with "auto" one per core where that pays.
-
-    Args:
-        packs: how many packs there could be.
-        work: trials × steps × parameters × batch size.
+def worker_count(workers: int | str, *, device: torch.device) -> int:
+    """How many processes may train side by side: as many as asked for, or with "auto" one per core.
 
     Raises:
         InvalidSweep: for anything but "auto" or a whole number of at least 1.
     """
     if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise InvalidSweep(f"workers = {workers!r} is neither 'auto' nor a whole number of at least 1.")
-    if not _can_fork(device):
+    if not can_fork(device):
         return 1
-    if isinstance(workers, int):
-        return min(workers, packs)
-    return min(_cores(), packs) if work > WORTH_A_PROCESS else 1
+    return workers if isinstance(workers, int) else _cores()
 
 
 def train_packs(
-    job: Job, packs: Sequence[Pack], workers: int, stop: Callable[[], bool]
+    job: Job, packs: Sequence[Pack], workers: int | None, stop: Callable[[], bool]
 ) -> Generator[Message | None, None, None]:
-    """Trains packs in so many processes (here, if it is one); yields what they send, and None now and then.
-
-    Several workers were asked for: then even a single pack is trained in a worker, with one thread as when it began, so
-    that a resumed pack ends bit for bit where it would have ended.
+    """Trains packs in so many processes of one thread each; yields what they send, and None now and then.
 
     Args:
+        workers: how many processes; None trains here, with the threads that torch has.
         stop: asked between messages; once it is True, every pack is brought to a checkpoint and the iterator ends.
 
     Raises:
@@ -71,7 +63,7 @@ def train_packs(
         RunDirectoryError: when the disk is full.
         WorkerDied: when a worker process was killed.
     """
-    if workers == 1:
+    if workers is None:
         try:
             for pack in packs:
                 if stop():
@@ -239,7 +231,7 @@ def _named(error: BaseException) -> FalllineError:
     return TrainingFailed(f"training failed with {said}{place}. What was recorded before it is kept.")
 
 
-def _can_fork(device: torch.device) -> bool:
+def can_fork(device: torch.device) -> bool:
     """Forking is safe on Linux while no GPU is in use, and a daemonic process may have no children."""
     return (
         sys.platform == "linux"

@@ -1,0 +1,408 @@
+"""How a sweep is run: which engine, how its step is computed, in how many processes; measured on its own first steps.
+
+What is measured is what will happen: packs of the sweep's own trials, in as many processes as will train, at the same
+time. Small sweeps are not measured; they are over before the answer. Whatever is chosen computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fallline.sweeps import compiled, engines, packs, workers
+from fallline.sweeps.packs import Pack
+from fallline.sweeps.programs import Programs
+from fallline.sweeps.search import TrialPlan
+from fallline.sweeps.vectorised import Population
+from fallline.tasks import Task
+from fallline.training.progress import Progress
+
+# Seconds of training ahead from which on something is worth its price: measuring at all (some tenths of a second),
+# tracing (two seconds, most of it imports), loading programs from the cache, and compiling them (some eight seconds
+# for two, longer for more).
+WORTH_TRACING = 5.0
+WORTH_LOADING = 3.0
+WORTH_COMPILING = 20.0
+SECONDS_TO_COMPILE_MORE = 5.0
+# How long each way of training is measured.
+SECONDS_MEASURED = 0.15
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a sweep is run.
+
+    Attributes:
+        engine: "vectorised" or "sequential".
+        execution: how the vectorised engine computes its step: "mapped", "traced" or "compiled".
+        workers: processes that train side by side.
+        threads: of each of them; None for training in this process, with the threads that torch has.
+        largest: trials in a pack.
+        chunk: rows of a population that are computed together; None for all.
+        reason: why, in a sentence.
+        measured: microseconds per trial-step of each way that was measured, all processes taken together.
+        compile_seconds: what compiling took.
+        cached: whether the compiled programs came from the cache.
+        programs: what was traced or compiled so far.
+    """
+
+    engine: str
+    execution: str = "mapped"
+    workers: int = 1
+    threads: int | None = None
+    largest: int = 64
+    chunk: int | None = None
+    reason: str = ""
+    measured: dict[str, float] = field(default_factory=dict)
+    compile_seconds: float = 0.0
+    cached: bool = False
+    programs: Programs | None = None
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What going on in the same way needs."""
+        return {
+            "engine": self.engine,
+            "execution": self.execution,
+            "workers": self.workers,
+            "threads": self.threads,
+            "largest": self.largest,
+            "chunk": self.chunk,
+        }
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is recorded with the run."""
+        return {
+            "choice": self.name,
+            "alternatives": {name: round(micro, 3) for name, micro in self.measured.items()},
+            "compile_seconds": round(self.compile_seconds, 2),
+            "cached": self.cached,
+        }
+
+    @property
+    def name(self) -> str:
+        """Its name among the alternatives."""
+        way = self.execution if self.engine == "vectorised" else self.engine
+        if self.threads is None:
+            return f"{way}, this process"
+        return f"{way}, {self.workers} worker{'s' * (self.workers > 1)}"
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is to be trained."""
+
+    task: Task
+    plans: Sequence[TrialPlan]
+    device: torch.device
+    steps: int
+    parameters: int
+    show: bool | None
+
+    @property
+    def trial_steps(self) -> float:
+        return float(len(self.plans)) * self.steps
+
+    def seconds(self, micro: float) -> float:
+        """How long training takes at so many microseconds per trial-step."""
+        return self.trial_steps * micro * 1e-6
+
+    def packs(self, course: Course) -> list[Pack]:
+        most = min(course.largest, packs.LARGEST_PACK[self.device.type])
+        return packs.make_packs(
+            self.plans, engine=course.engine, largest=most, workers=course.workers, chunk=course.chunk
+        )
+
+    def trained(self, course: Course, pack: Pack) -> engines.Trained:
+        """The trials of a pack at step 0."""
+        own = [self.plans[i] for i in pack.trials]
+        task = self.task.with_loss(own[0].configuration.loss)
+        engine = engines.of_trial(course.engine, own[0])
+        return engines.start(
+            engine,
+            task,
+            own,
+            steps=self.steps,
+            device=self.device,
+            programs=course.programs,
+            chunk=course.chunk,
+        )
+
+
+def course_of(ahead: Ahead, choice: engines.EngineChoice, *, asked: str, asked_workers: int | str) -> Course:
+    """How a sweep will be run.
+
+    Args:
+        choice: the engine that the model allows.
+        asked: the engine that was asked for.
+        asked_workers: "auto" or how many processes.
+
+    Raises:
+        InvalidSweep: for a number of workers that is none.
+    """
+    task, parameters = ahead.task, ahead.parameters
+    rows = rows_in_cache(task, ahead.device)
+    small = asked != "compiled" and ahead.trial_steps * parameters * task.batch_size <= workers.WORTH_A_PROCESS
+    processes = workers.worker_count(asked_workers, device=ahead.device)
+    course = Course(choice.engine, largest=2 * rows, reason=choice.reason)
+    if processes > 1 and not (small and asked_workers == "auto"):
+        course = replace(course, workers=processes, threads=1)
+        course = replace(course, workers=min(processes, len(ahead.packs(course))))
+    return course if small else _Calibration(ahead, asked, rows).best(course)
+
+
+def resumed(ahead: Ahead, choice: engines.EngineChoice, spec: dict[str, Any]) -> Course:
+    """How a sweep was run before: it goes on in the same way, so that it ends bit for bit where it would have ended."""
+    course = Course(**spec["course"], reason=choice.reason)
+    if course.execution == "mapped":
+        return course
+    calibration = _Calibration(ahead, "compiled", course.chunk or 1)
+    if course.execution == "compiled":
+        return calibration._compiled(course) or calibration._traced(course)
+    return calibration._traced(course)
+
+
+class _Calibration:
+    """Measures one way after the other, as long as the next one is worth its price."""
+
+    def __init__(self, ahead: Ahead, asked: str, rows: int) -> None:
+        self.ahead = ahead
+        self.asked = asked
+        self.rows = rows
+        self.measured: dict[str, float] = {}
+        self.found: dict[str, Course] = {}
+        self.notes: list[str] = []
+
+    def best(self, course: Course) -> Course:
+        """The fastest way, and what was measured to find it."""
+        if self.asked == "compiled":
+            made = self._compiled(course) or self._traced(course)
+            self._measure(made)
+            return self._fastest(made)
+        self._measure(course)
+        if course.engine == "vectorised":
+            if self.asked == "auto":
+                self._measure(self._alone(course))
+            if self._ahead > WORTH_TRACING:
+                self._measure(self._traced(course))
+        if course.threads is not None and course.workers > 1 and self._ahead > WORTH_LOADING:
+            self._measure(replace(self._fastest(course), workers=1, threads=None))
+        if course.engine == "vectorised" and (quicker := self._compiled(course)) is not None:
+            self._measure(quicker)
+        return self._fastest(course)
+
+    def _traced(self, course: Course) -> Course:
+        return self._prepared(replace(course, execution="traced", programs=Programs()))
+
+    def _alone(self, course: Course) -> Course:
+        """The sequential engine, as a course of this sweep."""
+        count = min(course.workers, len(self.ahead.plans))
+        return replace(course, engine="sequential", execution="mapped", workers=count, chunk=None)
+
+    @property
+    def _ahead(self) -> float:
+        """Seconds that the fastest way so far would take."""
+        return self.ahead.seconds(min(self.measured.values(), default=math.inf))
+
+    def _measure(self, course: Course) -> None:
+        micro = _measured(self.ahead, course)
+        if micro is not None:
+            self.measured[course.name] = micro
+            self.found[course.name] = course
+
+    def _fastest(self, course: Course) -> Course:
+        if not self.measured:
+            return course
+        name = min(self.measured, key=lambda name: self.measured[name])
+        chosen = self.found[name]
+        others = ", ".join(f"{other} {micro:.3g}" for other, micro in self.measured.items() if other != name)
+        told = f"{name}: {self.measured[name]:.3g} µs per trial-step" + (f" ({others})" if others else "")
+        return replace(chosen, reason="; ".join([course.reason, told, *self.notes]), measured=dict(self.measured))
+
+    def _compiled(self, course: Course) -> Course | None:
+        """The compiled course, if there is enough ahead for it and the machine and the model allow it."""
+        forced = self.asked == "compiled"
+        obstacle = compiled.why_not(self.ahead.device)
+        if obstacle is None and not forced and self._ahead < WORTH_LOADING:
+            return None
+        if obstacle is not None:
+            if forced or self._ahead > WORTH_COMPILING:
+                self._say(obstacle)
+            return None
+        chunk = self._chunk(course)
+        made = self._prepared(
+            replace(course, execution="compiled", chunk=chunk, largest=2 * chunk, programs=Programs())
+        )
+        assert made.programs is not None
+        sources = {key: compiled.Source(graph, like) for key, graph, like in made.programs.worth_compiling()}
+        loaded = {key: run for key, source in sources.items() if (run := compiled.cached(source)) is not None}
+        missing = {key: source for key, source in sources.items() if key not in loaded}
+        price = WORTH_COMPILING + SECONDS_TO_COMPILE_MORE * max(0, len(missing) - 2)
+        if missing and not forced and self._ahead < price:
+            return None
+        began = time.monotonic()
+        if missing:
+            with Progress(f"compiling {len(missing)} programs", len(missing), "program", show=self.ahead.show) as bar:
+                for key, made_of_it in compiled.compile_all(missing, side_by_side=workers.can_fork(self.ahead.device)):
+                    bar.advance(1)
+                    if isinstance(made_of_it, compiled.NotCompiled):
+                        self._say(f"{made.programs.name(key)} cannot be compiled: {made_of_it}")
+                    else:
+                        loaded[key] = made_of_it
+        for key, run in loaded.items():
+            if not made.programs.use(key, run):
+                self._say(f"{made.programs.name(key)} gives other numbers when it is compiled")
+        made.programs.examples.clear()
+        if not any(program.compiled for program in made.programs):
+            return None
+        seconds = time.monotonic() - began if missing else 0.0
+        return replace(made, compile_seconds=seconds, cached=not missing)
+
+    def _chunk(self, course: Course) -> int:
+        """Rows that are computed together: as many as stay in the cache, if there are so many for each process."""
+        if course.chunk is not None:
+            return course.chunk
+        kinds = Counter((p.configuration.loss.structure, p.configuration.optimizer.structure) for p in self.ahead.plans)
+        shares = [-(-count // course.workers) for count in kinds.values()]
+        most = max(1, min(self.rows, max(shares)))
+        # Rows that fill up a last chunk are computed for nothing.
+        return min(
+            range(most, most // 2, -1), key=lambda rows: sum(-(-count // rows) * rows for count in kinds.values())
+        )
+
+    def _prepared(self, course: Course) -> Course:
+        """With the programs of every kind of pack that there is, which forked workers then have from the beginning."""
+        seen = set()
+        for pack in self.ahead.packs(course):
+            own = [self.ahead.plans[i] for i in pack.trials]
+            if engines.of_trial(course.engine, own[0]) == "sequential":
+                continue
+            structures = tuple(sorted({repr(plan.configuration.optimizer.structure) for plan in own}))
+            one_seed = len({plan.seed for plan in own}) == 1
+            filled = -(-len(own) // course.chunk) * course.chunk if course.chunk else len(own)
+            kind = own[0].configuration.loss.structure, structures, one_seed, filled
+            if kind not in seen:
+                seen.add(kind)
+                population = self.ahead.trained(course, pack)
+                assert isinstance(population, Population)
+                population.prepare()
+        return course
+
+    def _say(self, reason: str) -> None:
+        """Once, by name: why something runs slower than it might."""
+        note = f"not compiled: {reason}"
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def rows_in_cache(task: Task, device: torch.device) -> int:
+    """How many trials' parameters, state, gradients and activations stay in a core's cache, or fit into a GPU's memory.
+
+    A power of two between 8 and 1,024 on a CPU, at most 4,096 on a GPU.
+    """
+    row = _bytes_of_a_trial(task)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(1, min(4096, int(0.6 * free / (2 * row))))
+    return int(min(1024, max(8, 2 ** int(math.log2(max(1.0, 8 * _cache() / row))))))
+
+
+def _bytes_of_a_trial(task: Task) -> int:
+    """Parameters, their gradients and two tensors of state; what the forward pass keeps, and its gradients."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.random.fork_rng([]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module = task.build_model(0).train()
+        x, y = (data[: task.batch_size] for data in (task.train.x, task.train.y))
+        held = task.loss(module(x), y)
+    own = {p.data_ptr(): p.numel() * p.element_size() for p in module.parameters()}
+    del held
+    return 4 * sum(own.values()) + 2 * sum(size for place, size in kept.items() if place not in own)
+
+
+def _cache() -> int:
+    """Bytes of a core's own cache."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+        if size > 0:
+            return size
+    return 2**20
+
+
+def _measured(ahead: Ahead, course: Course) -> float | None:
+    """Microseconds per trial-step, all processes taken together; None where it fails."""
+    made = [pack for pack in ahead.packs(course) if engines.of_trial("", ahead.plans[pack.trials[0]]) != "sequential"]
+    if course.engine == "sequential":
+        made = ahead.packs(course)
+    if not made:
+        return None
+    own = [made[i % len(made)] for i in range(course.workers)]
+    try:
+        if course.threads is None:
+            return 1e6 * _seconds_per_trial_step(ahead, course, made[0])
+        found = _side_by_side([partial(_seconds_per_trial_step, ahead, course, pack) for pack in own])
+        return 1e6 * sum(found) / len(found) / len(found)
+    except Exception:
+        return None
+
+
+def _seconds_per_trial_step(ahead: Ahead, course: Course, pack: Pack) -> float:
+    trained = ahead.trained(course, pack)
+    trained.train_steps(min(2, ahead.steps))
+    count, spent, best = 1, 0.0, math.inf
+    while spent < SECONDS_MEASURED:
+        began = time.perf_counter()
+        trained.train_steps(count)
+        taken = time.perf_counter() - began
+        spent += taken
+        best = min(best, taken / count)
+        count = min(64, 2 * count)
+    return best / len(pack.trials)
+
+
+def _side_by_side(functions: Sequence[Callable[[], float]]) -> list[float]:
+    """What the functions return, each run in a forked process, as a worker would be, at the same time."""
+    context = multiprocessing.get_context("fork")
+
+    def run(function: Callable[[], float], connection: Any) -> None:
+        workers.use_one_thread()
+        with contextlib.suppress(BaseException):
+            warnings.simplefilter("ignore")
+            connection.send(function())
+        os._exit(0)
+
+    with contextlib.ExitStack() as stack:
+        pipes = []
+        for function in functions:
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=run, args=(function, there), daemon=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: see `workers`
+                process.start()
+            there.close()
+            stack.callback(_end, process)
+            pipes.append(here)
+        return [float(pipe.recv()) for pipe in pipes]
+
+
+def _end(process: Any) -> None:
+    process.join(timeout=0.1)
+    if process.is_alive():
+        process.kill()
+        process.join()

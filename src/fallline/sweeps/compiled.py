@@ -1,0 +1,229 @@
+"""Traced programs as machine code: compiled ahead of time by torch's own compiler, and kept between runs.
+
+A program is exported and compiled by TorchInductor into one file, which loads in milliseconds, into as many processes
+as there are, and is called without a check of its arguments: they are what it was compiled for, because it is known by
+their shapes. So nothing is ever compiled again while training goes on. Compiling itself happens in processes of its
+own, side by side; what they leave behind when they fail is a reason.
+
+The cache is `$FALLLINE_CACHE`, or `fallline/programs` in the user's cache directory. It may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fallline.sweeps.programs import Run, copy_of
+
+# Of the cache; the files that were used longest ago go first.
+LARGEST_CACHE = 2**29
+# What the compiler is told beside its defaults. What is computed once per row (a bias correction) is kept for the whole
+# row: computed again for every element, a power costs more than the update itself.
+OPTIONS = {"realize_opcount_threshold": 0, "realize_reads_threshold": 0}
+
+
+class NotCompiled(Exception):
+    """Why a program cannot be compiled, in a few words."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compiled: a traced program, and tensors like those that it will be called with."""
+
+    graph: fx.GraphModule
+    tensors: Sequence[Tensor]
+
+    @cached_property
+    def key(self) -> str:
+        """What the machine code depends on."""
+        made = hashlib.sha256()
+        told: list[Any] = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), OPTIONS]
+        told += [(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in self.tensors]
+        if any(t.device.type == "cuda" for t in self.tensors):
+            told.append(torch.cuda.get_device_name())
+        made.update(repr((told, self.graph.code)).encode())
+        for name in sorted(n.target for n in self.graph.graph.nodes if n.op == "get_attr"):
+            constant = getattr(self.graph, name)
+            if not isinstance(constant, Tensor):
+                raise NotCompiled(f"it holds {type(constant).__name__} {name!r}")
+            buffer = io.BytesIO()
+            torch.save(constant, buffer)
+            made.update(buffer.getvalue())
+        return made.hexdigest()[:32]
+
+
+def why_not(device: torch.device) -> str | None:
+    """What keeps this machine from compiling anything, or None."""
+    if sys.platform == "win32":
+        return "compiling needs Linux or macOS"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler} is not installed)"
+    return None
+
+
+def cached(source: Source) -> Run | None:
+    """The compiled program from the cache, if it is there."""
+    path = _path(source.key)
+    if not path.exists():
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    try:
+        return _loaded(path)
+    except Exception:  # made by something else, or broken: it is made again
+        path.unlink(missing_ok=True)
+        return None
+
+
+def compile_all(sources: Mapping[Any, Source], *, side_by_side: bool) -> Iterator[tuple[Any, Run | NotCompiled]]:
+    """Compiles programs into the cache and loads them; yields each, or why there is none, as they are done.
+
+    Args:
+        side_by_side: in forked processes, one per core.
+    """
+    folder = directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        yield from ((name, NotCompiled(f"{folder} cannot be written: {error.strerror}")) for name in sources)
+        return
+    _prune(folder)
+    waiting = deque(sources.items())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    with contextlib.ExitStack() as stack:
+        under_way: deque[tuple[Any, Source, Callable[[], None]]] = deque()
+        while waiting or under_way:
+            while waiting and len(under_way) < cores:
+                name, source = waiting.popleft()
+                wait = stack.enter_context(_compiling(source)) if side_by_side else partial(_compile, source)
+                under_way.append((name, source, wait))
+            name, source, wait = under_way.popleft()
+            try:
+                wait()
+                yield name, _loaded(_path(source.key))
+            except NotCompiled as reason:
+                yield name, reason
+            except Exception as error:
+                yield name, _reason(error)
+
+
+def directory() -> Path:
+    """Where compiled programs are kept."""
+    own = os.environ.get("FALLLINE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fallline" / "programs"
+
+
+def _path(key: str) -> Path:
+    return directory() / f"{key}.pt2"
+
+
+def _compile(source: Source) -> None:
+    """Compiles into the cache."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor import config as settings
+
+    examples = tuple(copy_of(tensor) for tensor in source.tensors)
+    target = _path(source.key)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+        with warnings.catch_warnings(), torch.no_grad(), settings.patch({"cpp.vec_isa_ok": _vectorises()}):
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(source.graph, examples, strict=False)
+            made = aoti_compile_and_package(
+                exported, package_path=str(Path(folder) / "program.pt2"), inductor_configs=dict(OPTIONS)
+            )
+        Path(made).replace(target)
+
+
+def _vectorises() -> bool | None:
+    """What spares the compiler some ten seconds of trying out vector units that torch knows this machine has."""
+    return True if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
+
+
+def _loaded(path: Path) -> Run:
+    from torch._inductor import aoti_load_package
+
+    model: Any = aoti_load_package(str(path))
+    run: Run = getattr(getattr(model, "loader", None), "run", None) or (lambda tensors: model(*tensors))
+    return lambda tensors: run(list(tensors))
+
+
+@contextlib.contextmanager
+def _compiling(source: Source) -> Any:
+    """A process that compiles; yields what waits for it."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_in_child, args=(source, there))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: see `workers`
+        process.start()
+    there.close()
+
+    def wait() -> None:
+        try:
+            reason = here.recv()
+        except EOFError:
+            reason = "the compiler was killed"
+        process.join()
+        if reason is not None:
+            raise NotCompiled(reason)
+
+    try:
+        yield wait
+    finally:
+        here.close()
+        if process.is_alive() and process.pid is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, 9)  # with the compilers that it started
+            process.join()
+
+
+def _in_child(source: Source, connection: Any) -> None:
+    os.setpgid(0, 0)
+    reason: str | None = None
+    try:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        torch.set_num_threads(1)
+        _compile(source)
+    except BaseException as error:
+        reason = str(_reason(error))
+    with contextlib.suppress(OSError):
+        connection.send(reason)
+    os._exit(0)
+
+
+def _reason(error: BaseException) -> NotCompiled:
+    lines = str(error).strip().splitlines()
+    return NotCompiled(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+
+
+def _prune(folder: Path) -> None:
+    """Lets the programs go that were used longest ago, when there are too many."""
+    with contextlib.suppress(OSError):
+        files = sorted(folder.glob("*.pt2"), key=lambda file: file.stat().st_mtime, reverse=True)
+        size = 0
+        for file in files:
+            size += file.stat().st_size
+            if size > LARGEST_CACHE:
+                file.unlink(missing_ok=True)
