@@ -77,6 +77,63 @@ def test_engines_agree(optimizer):
     np.testing.assert_allclose(*(result.history.metric for result in results), rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: nn.Sequential(nn.Linear(8, 12), nn.Dropout(0.3), nn.ReLU(), nn.Linear(12, 2)).double(),
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.LSTM(4, 3, num_layers=2, dropout=0.4), Last()).double(),
+    ],
+    ids=["dropout", "lstm"],
+)
+def test_what_a_model_draws_is_what_it_draws_in_a_plain_loop(model, tmp_path):
+    """And as everything else it is the trial's own: alone, beside others, traced, chunk by chunk, and resumed."""
+    task = classification(model)
+    optimizers = [fl.optim.sgd(lr=fl.grid([0.3, 1e308])), fl.optim.adam(lr=0.01)]
+    chosen = plans(task, optimizers, [4, 7])
+    expected = []
+    for plan in chosen:
+        torch.manual_seed(plan.seed)
+        net = task.model()
+        own = plan.configuration.optimizer.as_torch(net.parameters())
+        order = torch.Generator().manual_seed(plan.seed)
+        losses = []
+        while len(losses) < 20:
+            for index in torch.randperm(len(task.train.x), generator=order).split(16):
+                own.zero_grad()
+                loss = nn.functional.cross_entropy(net(task.train.x[index]), task.train.y[index])
+                loss.backward()
+                own.step()
+                losses.append(loss.item())
+        expected.append(losses[:20])
+    expected = np.where(np.isfinite(np.maximum.accumulate(expected, axis=1)), expected, np.nan)
+    for programs, chunk in ((None, None), (Programs(), None), (Programs(), 4)):
+        population = Population(task, chosen, steps=20, device=CPU, programs=programs, chunk=chunk)
+        losses = population.train_steps(20)
+        good = np.isfinite(expected[population.rows])
+        np.testing.assert_allclose(losses[good], expected[population.rows][good], rtol=1e-10)
+        assert programs is None or programs.all_traced
+    alone = fl.sweep(task, [fl.optim.adam(lr=0.01)], seeds=[7], steps=20, engine="vectorised")
+    np.testing.assert_allclose(alone.history.train_loss[0], expected[5], rtol=1e-10)
+    whole = Population(task, chosen, steps=20, device=CPU)
+    whole.train_steps(8)
+    whole.compact()
+    kept = whole.tensors()
+    rest = whole.train_steps(12)
+    again = Population(task, chosen, steps=20, device=CPU)
+    again.restore(kept, 8)
+    np.testing.assert_array_equal(again.train_steps(12), rest)
+
+
+def test_a_model_that_draws_trains_one_by_one_under_an_optimizer_that_looks_around():
+    task = classification(lambda: nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double())
+    around = [fl.optim.sam(fl.optim.sgd(lr=0.1)), fl.optim.sgd(lr=0.1)]
+    with pytest.warns(fl.errors.TrainedSequentially, match="sam looks at other parameters"):
+        result = fl.sweep(task, around, seeds=2, steps=5)
+    assert result.spec["engine"] == "sequential"
+    with pytest.raises(fl.errors.InvalidSweep, match="sam looks at other parameters"):
+        fl.sweep(task, around, seeds=2, steps=5, engine="vectorised")
+
+
 def test_batch_norm_keeps_its_statistics_per_trial():
     task = classification(lambda: nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 2)).double())
     results = [
@@ -188,18 +245,23 @@ class Branching(nn.Module):
         return self.layer(x) * (1 if x.mean() > 0 else -1)
 
 
+class Bounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 2, max_norm=1.0)
+
+    def forward(self, x):
+        return self.table((x > 0).sum(1))
+
+
 @pytest.mark.parametrize(
     ("model", "who", "why"),
     [
-        (lambda: nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 2)), "Dropout '1'", "random numbers"),
+        (lambda: nn.Sequential(nn.Linear(8, 4), nn.RReLU(), nn.Linear(4, 2)), "RReLU '1'", "random numbers"),
         (Branching, "Branching", "depends on the data"),
-        (
-            lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.LSTM(4, 2, batch_first=True), Last()),
-            "LSTM '1'",
-            "lstm",
-        ),
+        (lambda: Bounded(), "Embedding 'table'", "max_norm"),
     ],
-    ids=["dropout", "branching", "lstm"],
+    ids=["rrelu", "branching", "max_norm"],
 )
 def test_a_model_that_cannot_be_vectorised_is_named_and_trained_sequentially(model, who, why):
     task = classification(model, torch.float32)

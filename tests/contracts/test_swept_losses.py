@@ -118,7 +118,6 @@ def test_a_traced_step_reads_the_numbers_of_its_pack(monkeypatch):
 
 
 def test_losses_that_differ_in_numbers_train_in_one_pack():
-    made = task().check()
     losses = [fl.losses.cross_entropy(label_smoothing=fl.grid([0.0, 0.1])), fl.losses.cross_entropy(ignore_index=3)]
     chosen = search.configurations([fl.optim.adam(lr=RATES)], losses, samples=1, search_seed=0)
     plans = search.trials(chosen, [0])

@@ -160,7 +160,7 @@ def course_of(ahead: Ahead, choice: engines.EngineChoice, *, asked: str, asked_w
     if processes > 1 and not (small and asked_workers == "auto"):
         course = replace(course, workers=processes, threads=1)
         course = replace(course, workers=min(processes, len(ahead.packs(course))))
-    return course if small else _Calibration(ahead, asked, rows).best(course)
+    return course if small else _Calibration(ahead, asked, rows).best(course, any_workers=asked_workers == "auto")
 
 
 def resumed(ahead: Ahead, choice: engines.EngineChoice, spec: dict[str, Any]) -> Course:
@@ -185,8 +185,12 @@ class _Calibration:
         self.found: dict[str, Course] = {}
         self.notes: list[str] = []
 
-    def best(self, course: Course) -> Course:
-        """The fastest way, and what was measured to find it."""
+    def best(self, course: Course, *, any_workers: bool) -> Course:
+        """The fastest way, and what was measured to find it.
+
+        Args:
+            any_workers: whether training in this process is a way too.
+        """
         if self.asked == "compiled":
             made = self._compiled(course) or self._traced(course)
             self._measure(made)
@@ -197,7 +201,7 @@ class _Calibration:
                 self._measure(self._alone(course))
             if self._ahead > WORTH_TRACING:
                 self._measure(self._traced(course))
-        if course.threads is not None and course.workers > 1 and self._ahead > WORTH_LOADING:
+        if any_workers and course.threads is not None and self._ahead > WORTH_LOADING:
             self._measure(replace(self._fastest(course), workers=1, threads=None))
         if course.engine == "vectorised" and (quicker := self._compiled(course)) is not None:
             self._measure(quicker)
@@ -262,8 +266,11 @@ class _Calibration:
                     else:
                         loaded[key] = made_of_it
         for key, run in loaded.items():
-            if not made.programs.use(key, run):
-                self._say(f"{made.programs.name(key)} gives other numbers when it is compiled")
+            try:
+                if not made.programs.use(key, run):
+                    self._say(f"{made.programs.name(key)} gives other numbers when it is compiled")
+            except Exception as error:
+                self._say(f"{made.programs.name(key)} cannot be run compiled: {compiled.reason_of(error)}")
         made.programs.examples.clear()
         if not any(program.compiled for program in made.programs):
             return None

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fallline.errors import FalllineError, InvalidSweep, nearest
-from fallline.optim import sgd
+from fallline.errors import FalllineError, InvalidSweep, Unsupported, nearest
+from fallline.optim import Optimizer, sgd
 from fallline.optim.torch_own import TorchOwn
 from fallline.sweeps.programs import Programs
 from fallline.sweeps.search import Configuration, TrialPlan
 from fallline.sweeps.vectorised import Array, Population
 from fallline.tasks import Task
+from fallline.training.device import with_generators
 from fallline.training.step import Program, gradients
 from fallline.training.trial import Trial
 
@@ -116,8 +117,11 @@ def start(
     return Population(task, plans, steps=steps, device=device, programs=programs, chunk=chunk)
 
 
-def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
+def choose(engine: str, task: Task, device: torch.device, optimizers: Sequence[Optimizer] = ()) -> EngineChoice:
     """The engine for a task: the one asked for, or with "auto" the vectorised one where the model allows it.
+
+    Args:
+        optimizers: those that will train it.
 
     Raises:
         InvalidSweep: for a name that is no engine, or "vectorised" for a model that cannot be.
@@ -126,7 +130,7 @@ def choose(engine: str, task: Task, device: torch.device) -> EngineChoice:
         raise InvalidSweep(f"there is no engine {engine!r}. {nearest(engine, ENGINES)}")
     if engine == "sequential":
         return EngineChoice("sequential", "asked for")
-    obstacle = why_not_vectorised(task, device)
+    obstacle = why_not_vectorised(task, device, optimizers)
     if obstacle is None:
         return EngineChoice("vectorised", "the model can be vectorised" if engine == "auto" else "asked for")
     if engine != "auto":
@@ -156,7 +160,7 @@ def for_all(choice: EngineChoice, asked: str, plans: Sequence[TrialPlan]) -> Eng
     return EngineChoice(choice.engine, f"{choice.reason}; {who}, torch's own, trains one trial at a time")
 
 
-def why_not_vectorised(task: Task, device: torch.device) -> str | None:
+def why_not_vectorised(task: Task, device: torch.device, optimizers: Sequence[Optimizer] = ()) -> str | None:
     """What keeps a model from being trained as a population, or None.
 
     Two trials are taken one step as a population and as the modules they are; losses, gradients and buffers must agree.
@@ -167,17 +171,22 @@ def why_not_vectorised(task: Task, device: torch.device) -> str | None:
         population = Population(task, plans, steps=1, device=device)
         losses, grads = population.losses_and_gradients()
         population.evaluate()
+        around = next((o for o in optimizers if any(t.surveys is not None for t in o.transforms)), None)
+        if population.streams is not None and around is not None:
+            return f"{around.name} looks at other parameters within a step, where the model draws other random numbers"
+    except Unsupported as error:
+        return _culprit(error, task)
     except FalllineError:
         raise
     except Exception as error:
         return _culprit(error, task)
     for row, plan in enumerate(plans):
-        with torch.random.fork_rng([]):
-            program = Program(task.build_model(plan.seed).to(device).train(), task.loss)
         index = population.orders[plan.seed].at(0).to(device)
         x, y = (data.index_select(0, index) for data in population.train)
-        params = program.trainable()
-        loss = task.loss(program.module(x), y)
+        with torch.random.fork_rng(with_generators(device)):
+            program = Program(task.build_model(plan.seed).to(device).train(), task.loss)
+            params = program.trainable()
+            loss = task.loss(program.module(x), y)
         expected = gradients(loss, params)
         # One scale for all gradients: some are zero but for round-off, like that of a bias before BatchNorm.
         scale = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)

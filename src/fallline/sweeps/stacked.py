@@ -8,7 +8,7 @@ each is traced or compiled once for all trials that it serves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from fallline.optim import Optimizer, State
+from fallline.sweeps.batched import Batched
+from fallline.sweeps.draws import Draw, Replaying
 from fallline.training.layout import FLAT, Layout
 from fallline.training.step import Program, gradients
 from fallline.training.trial import state_where
@@ -34,6 +36,8 @@ class Batch:
         constants: buffers and frozen parameters [row, …]; a step may change them (BatchNorm's statistics).
         shared: those that all trials have in common and no step changes (a mask), as they are.
         loss_numbers: the numbers [row] in which the trials' losses differ.
+        draws: what the model draws in this step, in order.
+        noise: the random numbers that were drawn, with the trials in the dimension that x has them in.
     """
 
     dim: int | None
@@ -42,6 +46,8 @@ class Batch:
     constants: Named
     shared: Named
     loss_numbers: Named
+    draws: tuple[Draw, ...] = ()
+    noise: tuple[Tensor, ...] = ()
 
     @property
     def all_constants(self) -> Named:
@@ -55,10 +61,19 @@ class Batch:
 
     def rows(self, rows: slice) -> Batch:
         """The same for some of the trials."""
-        x, y = (self.x, self.y) if self.dim is None else (self.x[rows], self.y[rows])
+        x, y, *noise = (each if self.dim is None else each[rows] for each in (self.x, self.y, *self.noise))
         constants = {name: tensor[rows] for name, tensor in self.constants.items()}
         numbers = {name: tensor[rows] for name, tensor in self.loss_numbers.items()}
-        return Batch(self.dim, x, y, constants, self.shared, numbers)
+        return Batch(self.dim, x, y, constants, self.shared, numbers, self.draws, tuple(noise))
+
+
+class MappedProgram(Program):
+    """A model whose functions that vmap maps badly are replaced while it is called."""
+
+    def predict(self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The functional form of the model: prediction for `x` with these parameters."""
+        with Batched():
+            return super().predict(params, constants, x)
 
 
 @dataclass(frozen=True)
@@ -78,15 +93,20 @@ class Stacked:
     def losses_and_gradients(self, params: Named, batch: Batch) -> tuple[Tensor, Named]:
         """Losses [row] and gradients [row, *shape] at the stacked parameters."""
 
-        def loss(params: Any, constants: Any, x: Any, y: Any, numbers: Any) -> Tensor:
-            return self.program.at(numbers).loss_at(params, constants, x, y)
+        def loss(params: Any, constants: Any, x: Any, y: Any, numbers: Any, noise: Any) -> Tensor:
+            program = self.program.at(numbers)
+            if not batch.draws:
+                return program.loss_at(params, constants, x, y)
+            with Replaying(batch.draws, noise) as replaying:
+                value = program.loss_at(params, constants, x, y)
+            replaying.finish()
+            return value
 
         with torch.enable_grad():
             at = {name: p.detach().requires_grad_() for name, p in params.items()}
-            dims = (0, batch.dims_of_constants, batch.dim, batch.dim, 0)
-            losses = vmap(loss, in_dims=dims, randomness="error")(
-                at, batch.all_constants, batch.x, batch.y, batch.loss_numbers
-            )
+            dims = (0, batch.dims_of_constants, batch.dim, batch.dim, 0, batch.dim)
+            mapped = vmap(loss, in_dims=dims, randomness="error")
+            losses = mapped(at, batch.all_constants, batch.x, batch.y, batch.loss_numbers, batch.noise)
             # Rows do not meet, so the gradient of the sum holds each row's own gradient.
             return losses.detach(), gradients(losses.sum(), at)
 

@@ -155,8 +155,9 @@ def sweep(
         each.warn(stacklevel=2)
     first = tasks[0]
     _check_parameters(first, chosen)
+    rules = [c.optimizer for c in chosen]
     kinds = {each.loss.structure: each for each in tasks}
-    choices = [engines.choose(engine, each, where) for each in kinds.values()]
+    choices = [engines.choose(engine, each, where, rules) for each in kinds.values()]
     choice = next((c for c in choices if c.engine == "sequential"), choices[0])
     if engine == "auto" and choice.engine == "sequential":
         warnings.warn(f"training one trial at a time: {choice.reason}.", TrainedSequentially, stacklevel=2)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -23,24 +22,22 @@ from torch import Tensor
 from torch.func import vmap
 
 from fallline.losses import Loss
-from fallline.optim import Optimizer, State
-from fallline.sweeps.captured import Captured
-from fallline.sweeps.programs import Part, Programs, Run
+from fallline.optim import Optimizer
+from fallline.sweeps.chunks import Chunk, Family, Steps
+from fallline.sweeps.draws import Streams
+from fallline.sweeps.models import stacked_models
+from fallline.sweeps.programs import Programs
 from fallline.sweeps.search import TrialPlan
-from fallline.sweeps.stacked import Batch, Stacked, leaves, mapped_tree, on_flat_list
+from fallline.sweeps.stacked import Batch, Named, Stacked, mapped_tree
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
-from fallline.training.layout import FLAT, Layout
-from fallline.training.step import Program, gradients, joined
+from fallline.training.step import joined
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
-Named = dict[str, Tensor]
-# What runs a part of the step, and the tensors that it takes at every step.
-Call = tuple[Run, list[Tensor]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
 WORTH_COMPACTING = 1 / 8
-# Rows that are updated together on a CPU: what a rule computes on the way should stay in the cache until it is used.
-LARGEST_FAMILY = 64
+# Numbers that are updated together on a CPU: what a rule computes on the way should stay in the cache until it is used.
+LARGEST_FAMILY = 2**18
 # Samples per mapped forward pass when the population is evaluated.
 EVALUATION_CHUNK = 512
 # So many steps are made of one chunk of rows before the next one's turn: its parameters stay in the cache.
@@ -62,49 +59,6 @@ def _quietly(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapper
-
-
-@dataclass
-class Family:
-    """Trials next to each other whose optimizers have one structure: their rows, numbers [row, 1] and state [row, …].
-
-    Tensors of a state are written to in place, and stay where they are.
-    """
-
-    optimizer: Optimizer
-    start: int
-    stop: int
-    numbers: Named
-    state: State
-
-    def rows(self, start: int, stop: int) -> Family:
-        """A part of it, as views; `start` and `stop` count the population's rows."""
-        rows = slice(start - self.start, stop - self.start)
-        numbers = {name: tensor[rows] for name, tensor in self.numbers.items()}
-        return Family(self.optimizer, start, stop, numbers, mapped_tree(self.state, lambda tensor: tensor[rows]))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows that are computed together, as views of the population's tensors; `slopes` holds their gradients."""
-
-    start: int
-    stop: int
-    params: Named
-    slopes: Named
-    flat: Tensor
-    flat_slopes: Tensor
-    alive: Tensor
-    constants: Named
-    shared: Named
-    loss_numbers: Named
-    families: tuple[Family, ...]
-    seeds: Tensor
-    calls: dict[Hashable, Call] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
 
 
 class Population:
@@ -135,16 +89,6 @@ class Population:
         self.device = device
         self.step = 0
         self.chunk = chunk
-        # Of a step on a GPU, a graph for each chunk of rows, each shape of mini-batch and each phase.
-        self._captures = device.type == "cuda" and programs is not None
-        self._captured: dict[Hashable, Captured] = {}
-        self._always_masked = device.type != "cpu" or chunk is not None
-        self.layout: Layout
-        self.stacked: Stacked
-        self.constants: Named = {}
-        self.shared: Named = {}
-        self._flat: Tensor
-        self._alive: Tensor
         ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
         self.rows = np.array([plan.index for plan in ordered])
         self.train = (task.train.x.to(device), task.train.y.to(device))
@@ -156,7 +100,13 @@ class Population:
             seed: BatchOrder(len(task.train.x), task.batch_size, seed, drop_last=task.drop_last, shuffle=task.shuffle)
             for seed in dict.fromkeys(self.seeds)
         }
-        self._stack_models()
+        self._order = self.orders[self.seeds[0]]
+        first = stacked_models(task, self.seeds, self._order, device)
+        self.layout, self.constants, self.shared, self._flat = first.layout, first.constants, first.shared, first.flat
+        self.stacked = Stacked(first.program, first.layout, steps)
+        self._draws = first.draws
+        self.streams = Streams(first.generators, device) if any(first.draws.values()) else None
+        self._alive = torch.ones(len(self.seeds), 1, dtype=torch.bool, device=device)
         self._alive[len(self.rows) :] = False
         self.loss_numbers = self._numbers_that_differ([plan.configuration.loss for plan in ordered])
         self.families = self._make_families([plan.configuration.optimizer for plan in ordered])
@@ -172,16 +122,19 @@ class Population:
     def train_steps(self, count: int) -> Array:
         """Makes `count` steps; returns their mini-batch losses [row, count], NaN after the one that diverged."""
         losses = torch.empty(len(self._flat), count, dtype=torch.float64, device=self.device)
-        for begin in range(0, count, STEPS_IN_A_ROW):
-            recorded = losses[:, begin : begin + STEPS_IN_A_ROW]
+        in_a_row = STEPS_IN_A_ROW if self.streams is None else 1  # random numbers of many steps would fill the cache
+        for begin in range(0, count, in_a_row):
+            recorded = losses[:, begin : begin + in_a_row]
             indices = self._indices(recorded.shape[1])
+            noise = [] if self.streams is None else self.streams.next(self._draws[indices[0].shape[1]])
             waiting = list(reversed(self._chunks))
             made = {id(chunk): 0 for chunk in waiting}
             while waiting:
                 chunk = waiting.pop()
                 for position in range(made[id(chunk)], len(indices)):
                     try:
-                        recorded[chunk.rows, position] = self._one_step(chunk, indices[position], self.step + position)
+                        batch = self._batch(indices[position], chunk, noise)
+                        recorded[chunk.rows, position] = self._steps.step(chunk, batch, self.step + position)
                     except torch.OutOfMemoryError:
                         halves = self._halve(chunk)
                         made.update({id(half): position for half in halves})
@@ -233,14 +186,15 @@ class Population:
 
     def tensors(self) -> Named:
         """Everything that going on from here needs, as tensors by name."""
-        count = len(self.rows)
         kept = {"parameters": self._flat, "alive": self._alive}
         kept.update({f"constants/{name}": tensor for name, tensor in self.constants.items()})
         for number, family in enumerate(self.families):
             kept[f"family/{number}/step"] = family.state["step"]
             for name, slots in family.state["slots"].items():
                 kept.update({f"family/{number}/slots/{slot}/{name}": tensor for slot, tensor in slots.items()})
-        return {**{name: tensor.clone() for name, tensor in kept.items()}, "rows": torch.from_numpy(self.rows[:count])}
+        if self.streams is not None:
+            kept.update({f"draws/{seed}": state for seed, state in self.streams.tensors().items()})
+        return {**{name: tensor.clone() for name, tensor in kept.items()}, "rows": torch.from_numpy(self.rows)}
 
     def restore(self, tensors: Named, step: int) -> None:
         """Goes back to where `tensors()` were taken, after `step` steps."""
@@ -255,6 +209,9 @@ class Population:
             for name, slots in family.state["slots"].items():
                 for slot in slots:
                     slots[slot].copy_(tensors[f"family/{number}/slots/{slot}/{name}"])
+        if self.streams is not None:
+            states = {n.removeprefix("draws/"): state for n, state in tensors.items() if n.startswith("draws/")}
+            self.streams.restore({str(seed): states[str(seed)] for seed in self.orders})
         self.step = step
 
     @_quietly
@@ -262,123 +219,22 @@ class Population:
         """Of every trial on its mini-batch of this step: losses [row] and gradients [row, *shape]."""
         (index,) = self._indices(1)
         whole = self._chunk(0, len(self._flat))
-        return self.stacked.losses_and_gradients(whole.params, self._batch(index, whole))
+        noise = self._example_of_noise(index.shape[1])
+        return self.stacked.losses_and_gradients(whole.params, self._batch(index, whole, noise))
 
     def prepare(self) -> None:
         """Makes the programs of a whole and of a short mini-batch, without a step."""
-        last = next(iter(self.orders.values())).steps_per_epoch - 1
+        last = self._order.steps_per_epoch - 1
         for step in dict.fromkeys((0, min(last, self.steps - 1))):
             index = self._indices_at(step)
+            noise = self._example_of_noise(index.shape[1])
             for chunk in self._chunks:
-                batch = self._batch(index, chunk)
-                self._differentiation(chunk, batch)
-                for family in chunk.families:
-                    self._updating(chunk, family, step, batch)
+                self._steps.prepare(chunk, self._batch(index, chunk, noise), step)
 
     @property
     def _multiple(self) -> int:
         """Programs are made for a multiple of so many rows."""
         return self.chunk or (1 if self.programs is None else min(ROWS_OF_A_PROGRAM, len(self.rows)))
-
-    def _one_step(self, chunk: Chunk, index: Tensor, step: int) -> Tensor:
-        """One step of some rows; their losses as they are recorded."""
-        batch = self._batch(index, chunk)
-        if not self._captures:
-            return self._computed(chunk, batch, step)
-        key = "captured", batch.dim, batch.x.shape, tuple(family.optimizer.phase(step) for family in chunk.families)
-        captured = self._captured.get((id(chunk), key))
-        if captured is None:
-
-            def compute(inputs: list[Tensor]) -> Tensor:
-                return self._computed(chunk, replace(batch, x=inputs[0], y=inputs[1]), step)
-
-            captured = self._captured[id(chunk), key] = Captured(compute)
-        try:
-            return captured([batch.x, batch.y])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # something in the model cannot be captured, and is run
-            self._captures = False
-            return self._computed(chunk, batch, step)
-
-    def _computed(self, chunk: Chunk, batch: Batch, step: int) -> Tensor:
-        run, tensors = self._differentiation(chunk, batch)
-        (recorded,) = run([*tensors, batch.x, batch.y])
-        for family in chunk.families:
-            run, tensors = self._updating(chunk, family, step, batch)
-            run(tensors)
-        return recorded
-
-    def _differentiation(self, chunk: Chunk, batch: Batch) -> Call:
-        """The first part of a step of some rows; what it still takes is the mini-batch."""
-        key = batch.dim, batch.x.shape
-        call = chunk.calls.get(key)
-        if call is not None:
-            return call
-        dim = batch.dim
-        trees: list[Any] = [chunk.params, chunk.slopes, chunk.alive, chunk.constants, chunk.shared, chunk.loss_numbers]
-
-        def differentiate(params: Named, slopes: Named, alive: Tensor, *seen: Any) -> list[Tensor]:
-            constants, shared, numbers, x, y = seen
-            return [self.stacked.differentiate(params, slopes, alive, Batch(dim, x, y, constants, shared, numbers))]
-
-        tensors = [tensor for tree in trees for tensor in leaves(tree)]
-        count = chunk.stop - chunk.start
-        part = Part(
-            ("differentiate", count, dim, tuple(batch.x.shape), tuple(batch.y.shape), self._loss_key),
-            on_flat_list(differentiate, [*trees, batch.x, batch.y]),
-            "the forward and backward pass",
-            rare=self._is_rare(batch),
-        )
-        call = chunk.calls[key] = self._run_of(part, [*tensors, batch.x, batch.y]), tensors
-        return call
-
-    def _updating(self, chunk: Chunk, family: Family, step: int, batch: Batch) -> Call:
-        """The second part of a step of a family's rows in a chunk, and all that it takes."""
-        optimizer = family.optimizer
-        own = slice(family.start - chunk.start, family.stop - chunk.start)
-        # On a CPU asking whether all are alive is free, and saves a pass over the parameters.
-        masked = self._always_masked or not bool(chunk.alive[own].all())
-        phase = optimizer.phase(step)
-        surveyed = batch.rows(own) if optimizer.surveys(step) else None
-        seen = None if surveyed is None else (surveyed.dim, surveyed.x.shape)
-        key = family.start, masked, phase, seen
-        call = chunk.calls.get(key)
-        if call is None:
-            if optimizer.elementwise:
-                grads, params = {FLAT: chunk.flat_slopes[own]}, {FLAT: chunk.flat[own]}
-            else:
-                grads, params = ({name: t[own] for name, t in each.items()} for each in (chunk.slopes, chunk.params))
-            trees: list[Any] = [grads, params, chunk.alive[own], family.state, family.numbers]
-            around: list[Any] = []
-            if surveyed is not None:
-                around = [surveyed.constants, surveyed.shared, surveyed.loss_numbers, surveyed.x, surveyed.y]
-
-            def update(*trees: Any) -> None:
-                batch = None
-                if surveyed is not None:
-                    batch = Batch(surveyed.dim, trees[8], trees[9], *trees[5:8])
-                grads, params, alive, state, numbers = trees[:5]
-                self.stacked.update(optimizer, step, masked, grads, params, alive, state, numbers, batch)
-
-            tensors = [tensor for tree in (*trees, *around[:3]) for tensor in leaves(tree)]
-            part = Part(
-                ("update", optimizer.structure, own.stop - own.start, masked, self.steps, phase, seen, self._loss_key),
-                on_flat_list(update, [*trees, *around]),
-                f"the update of {optimizer.name}",
-                rare=surveyed is not None and self._is_rare(surveyed),
-            )
-            call = chunk.calls[key] = self._run_of(part, [*tensors, *around[3:]]), tensors
-        run, tensors = call
-        return call if surveyed is None else (run, [*tensors, surveyed.x, surveyed.y])
-
-    def _is_rare(self, batch: Batch) -> bool:
-        """Whether it is a short last mini-batch, one among many."""
-        samples = batch.x.shape[0 if batch.dim is None else 1]
-        return samples < self.task.batch_size and next(iter(self.orders.values())).steps_per_epoch >= 10
-
-    def _run_of(self, part: Part, tensors: list[Tensor]) -> Run:
-        return part.run if self.programs is None else self.programs.of(part, tensors)
 
     def _evaluate(self, chunk: Chunk, flat: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.validation
@@ -448,12 +304,21 @@ class Population:
     def _lay_out(self) -> None:
         """What depends on which rows there are."""
         self.orders = {seed: self.orders[seed] for seed in dict.fromkeys(self.seeds)}
+        if self.streams is not None:
+            self.streams.keep(self.orders)
         position = {seed: i for i, seed in enumerate(self.orders)}
         self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
         self._slopes = torch.zeros_like(self._flat)
         shared = tuple((n, number) for n, number in self.task.loss.numbers.items() if n not in self.loss_numbers)
-        self._captured.clear()
-        self._loss_key = (self.task.loss.structure, shared)
+        shared = tuple((n, number) for n, number in self.task.loss.numbers.items() if n not in self.loss_numbers)
+        self._steps = Steps(
+            self.stacked,
+            self.programs,
+            loss_key=(self.task.loss.structure, shared),
+            order=self._order,
+            device=self.device,
+            always_masked=self.device.type != "cpu" or self.chunk is not None,
+        )
         size = self.chunk or len(self._flat) or 1
         self._chunks = [
             self._chunk(start, min(start + size, len(self._flat))) for start in range(0, len(self._flat), size)
@@ -488,60 +353,24 @@ class Population:
         found = torch.stack([order.at(step) for order in self.orders.values()])
         return found.to(self.device) if move else found
 
-    def _batch(self, index: Tensor, chunk: Chunk) -> Batch:
-        """The mini-batches of some rows; one for all where there is one seed."""
-        x, y = self.train
+    def _example_of_noise(self, samples: int) -> list[Tensor]:
+        """What the next step with so many samples would draw; the streams stay where they are."""
+        if self.streams is None:
+            return []
+        before = self.streams.tensors()
+        values = self.streams.next(self._draws[samples])
+        self.streams.restore(before)
+        return values
+
+    def _batch(self, index: Tensor, chunk: Chunk, noise: list[Tensor]) -> Batch:
+        """The mini-batches of some rows, and their random numbers; one for all where there is one seed."""
+        own = chunk.constants, chunk.shared, chunk.loss_numbers, self._draws.get(index.shape[1], ())
         if len(index) == 1:
-            x, y = (data.index_select(0, index[0]) for data in (x, y))
-            return Batch(None, x, y, chunk.constants, chunk.shared, chunk.loss_numbers)
+            x, y = (data.index_select(0, index[0]) for data in self.train)
+            return Batch(None, x, y, *own, tuple(value[0] for value in noise))
         chosen = index[chunk.seeds]
-        x, y = (data.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) for data in (x, y))
-        return Batch(0, x, y, chunk.constants, chunk.shared, chunk.loss_numbers)
-
-    def _stack_models(self) -> None:
-        """Initial parameters and constants of every row, from one model per seed."""
-        flats: dict[int, Tensor] = {}
-        constants: dict[int, dict[str, Tensor]] = {}
-        with torch.random.fork_rng([]):
-            module = self.task.build_model(self.seeds[0])
-            used, changed = self._parameters_in_use(Program(module, self.task.loss))
-            for seed in self.orders:
-                program = Program(self.task.build_model(seed), self.task.loss)
-                params = program.trainable()
-                self.layout = Layout.of({name: params[name] for name in used})
-                unused = {name: p.detach() for name, p in params.items() if name not in used}
-                flats[seed] = self.layout.flatten({name: params[name].detach() for name in used})
-                constants[seed] = {**unused, **program.constants()}
-        program = Program(program.module.to(self.device).train(), self.task.loss)
-        self.stacked = Stacked(program, self.layout, self.steps)
-        self._flat = torch.stack([flats[seed] for seed in self.seeds]).to(self.device)
-        first = constants[self.seeds[0]]
-        self.shared = {
-            name: tensor.to(self.device)
-            for name, tensor in first.items()
-            if name not in changed and all(torch.equal(tensor, own[name]) for own in constants.values())
-        }
-        self.constants = {
-            name: torch.stack([constants[seed][name] for seed in self.seeds]).to(self.device)
-            for name in first
-            if name not in self.shared
-        }
-        self._alive = torch.ones(len(self.seeds), 1, dtype=torch.bool, device=self.device)
-
-    def _parameters_in_use(self, program: Program) -> tuple[list[str], list[str]]:
-        """The parameters that get a gradient, and the buffers that a step changes.
-
-        torch.optim leaves parameters without a gradient as they are, and so do we.
-        """
-        before = {name: buffer.clone() for name, buffer in program.module.named_buffers()}
-        index = next(iter(self.orders.values())).at(0)
-        params = program.trainable()
-        loss = self.task.loss(
-            program.module(self.task.train.x.index_select(0, index)), self.task.train.y.index_select(0, index)
-        )
-        found = gradients(loss, params)
-        changed = [name for name, buffer in program.module.named_buffers() if not torch.equal(buffer, before[name])]
-        return [name for name in params if name in found], changed
+        x, y = (data.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) for data in self.train)
+        return Batch(0, x, y, *own, tuple(value.index_select(0, chunk.seeds) for value in noise))
 
     def _loss(self, prediction: Any, y: Tensor, numbers: dict[str, Tensor]) -> Tensor:
         return self.stacked.program.at(numbers).loss(prediction, y)
@@ -557,10 +386,11 @@ class Population:
     def _make_families(self, optimizers: Sequence[Optimizer]) -> list[Family]:
         families: list[Family] = []
         start = 0
+        most = max(1, LARGEST_FAMILY // self.layout.size)
         while start < len(optimizers):
             structure = optimizers[start].structure
             stop = start + 1
-            end = len(optimizers) if self.device.type != "cpu" else min(len(optimizers), start + LARGEST_FAMILY)
+            end = len(optimizers) if self.device.type != "cpu" else min(len(optimizers), start + most)
             while stop < end and optimizers[stop].structure == structure:
                 stop += 1
             own = optimizers[start:stop]

@@ -34,6 +34,11 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
+def generator_state(device: torch.device) -> torch.Tensor:
+    """The state of the generator from which a model on this device draws."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 def with_generators(device: torch.device) -> list[torch.device]:
     """What `torch.random.fork_rng` has to put back beside the CPU's generator when a model runs on this device."""
     return [device] if device.type == "cuda" else []
