@@ -13,7 +13,7 @@ from fallline.training.interrupt import Interrupt
 @pytest.fixture
 def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of three trials, which checkpoint themselves after every block; every block is written at once."""
-    monkeypatch.setattr("fallline.sweeps.sweep.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("fallline.sweeps.running.SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setattr(packs, "LARGEST_PACK", {"cpu": 3, "cuda": 3})
     monkeypatch.setattr(packs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 

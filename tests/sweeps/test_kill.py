@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from small_sweep import small_sweep
 from fallline.sweeps import packs
-import fallline.sweeps.sweep
+import fallline.sweeps.running
 torch.set_num_threads(1)
 packs.LARGEST_PACK = {{"cpu": 3}}
 packs.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-sys.modules["fallline.sweeps.sweep"].SECONDS_BETWEEN_WRITES = 0.0
+sys.modules["fallline.sweeps.running"].SECONDS_BETWEEN_WRITES = 0.0
 small_sweep(Path(sys.argv[1]), **{LONG!r})
 """
 

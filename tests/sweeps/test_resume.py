@@ -107,7 +107,7 @@ def test_an_empty_directory_can_be_used(tmp_path: Path):
 
 def test_a_disk_that_fills_up_ends_the_sweep_and_keeps_what_was_written(tmp_path: Path, monkeypatch, stop_after):
     whole = small_sweep(tmp_path / "whole")
-    monkeypatch.setattr("fallline.sweeps.sweep.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("fallline.sweeps.running.SECONDS_BETWEEN_WRITES", 0.0)
     write, left = store.write_file, iter(range(9))
 
     def filling(path: Path, content: bytes | str) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +27,11 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from fallline.errors import InvalidTask
+from fallline.tasks import data as data_module
 from fallline.tasks.data import Data, Loading, as_data, split
 
 X = torch.arange(12.0).reshape(6, 2)
@@ -34,6 +44,26 @@ class Pairs(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return X[index], int(Y[index])
+
+
+class Counted(Pairs):
+    """Counts how often each sample is read, and by workers or not, over processes."""
+
+    def __init__(self) -> None:
+        self.reads = torch.zeros(2, len(X)).share_memory_()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.reads[int(get_worker_info() is not None), index] += 1
+        return super().__getitem__(index)
+
+
+class Failing(Pairs):
+    """Sample 3 cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 3:
+            raise OSError("a truncated file")
+        return super().__getitem__(index)
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
@@ -67,12 +97,166 @@ def test_all_kinds_of_data_give_the_same_tensors(source: object) -> None:
     assert len(data) == 6
 
 
-def test_a_collate_function_is_used_once_on_all_samples() -> None:
+def test_a_collate_function_is_used() -> None:
     def doubled(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         return torch.stack([2 * x for x, _ in samples]), torch.tensor([y for _, y in samples])
 
     data, _ = as_data(DataLoader(Pairs(), batch_size=2, collate_fn=doubled), "train")
     assert torch.equal(data.x, 2 * X)
+
+
+# Python warns of the fork by which torch's workers are started.
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@forks
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_is_read_once_and_in_order_by_its_workers(workers: int) -> None:
+    dataset = Counted()
+    data, _ = as_data(DataLoader(dataset, batch_size=2, shuffle=True, drop_last=True, num_workers=workers), "train")
+    assert torch.equal(data.x, X)
+    expected = torch.zeros(2, 6)
+    expected[int(workers > 0)] = 1
+    assert torch.equal(dataset.reads, expected)
+
+
+@forks
+def test_workers_are_set_up_and_seeded_as_their_loader_says() -> None:
+    class Drawn(Pairs):
+        offset = 0.0
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return X[index] + self.offset + torch.rand(2), index
+
+    def set_up(worker: int) -> None:
+        get_worker_info().dataset.offset = 100.0 * (1 + worker)  # type: ignore[union-attr]
+
+    def loader() -> DataLoader[tuple[Tensor, int]]:
+        seeded = torch.Generator().manual_seed(5)
+        return DataLoader(Drawn(), batch_size=2, num_workers=2, worker_init_fn=set_up, generator=seeded)
+
+    expected = torch.cat([x for x, _ in loader()])
+    assert (expected[::3] > 100).all()
+    assert torch.equal(as_data(loader(), "train")[0].x, expected)
+
+
+def test_reading_leaves_the_random_state_as_it_is() -> None:
+    before = torch.get_rng_state()
+    as_data(DataLoader(Pairs(), batch_size=2, shuffle=True), "train")
+    as_data(Pairs(), "train")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@forks
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_padded_to_their_longest_are_collated_at_once(workers: int) -> None:
+    def padded(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        return torch.nn.utils.rnn.pad_sequence([x for x, _ in samples], True, -1.0), torch.tensor(
+            [y for _, y in samples]
+        )
+
+    class Growing(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.full((index + 1,), float(index)), index
+
+    data, _ = as_data(DataLoader(Growing(), batch_size=2, collate_fn=padded, num_workers=workers), "train")
+    rows = torch.arange(6.0)
+    assert torch.equal(data.x, torch.where(rows[:, None] >= rows, rows[:, None], -1.0))
+
+
+def test_numbers_of_another_type_in_a_later_batch_are_not_rounded() -> None:
+    class Mixed(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return X[index], (index if index < 4 else index + 0.5)  # type: ignore[return-value]
+
+    data, _ = as_data(DataLoader(Mixed(), batch_size=2), "train")
+    assert data.y.tolist() == [0, 1, 2, 3, 4.5, 5.5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_reading_takes_little_more_memory_than_the_data() -> None:
+    class Large(Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return 640
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.full((2**15,), float(index)), index
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    data, _ = as_data(Large(), "train")
+    assert torch.equal(data.x[:, 7].long(), data.y)
+    assert status("VmHWM") - before < 1.4 * data.x.nbytes
+
+
+@forks
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_read_is_named(workers: int) -> None:
+    with pytest.raises(
+        InvalidTask, match=r"^Sample 3 of the train data set Failing could not be read: OSError: a truncated file$"
+    ):
+        as_data(DataLoader(Failing(), batch_size=2, num_workers=workers), "train")
+
+
+@forks
+def test_a_worker_that_is_killed_does_not_take_us_with_it() -> None:
+    class Deadly(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            if index == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    with pytest.raises(InvalidTask, match=r"Samples \d to \d of the train data set Deadly .*worker.*(killed|exited)"):
+        as_data(DataLoader(Deadly(), batch_size=2, num_workers=1), "train")
+
+
+@forks
+def test_what_fails_only_in_a_worker_is_told_in_a_line() -> None:
+    class Shy(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            if get_worker_info() is not None:
+                raise ValueError("not here")
+            return super().__getitem__(index)
+
+    with pytest.raises(InvalidTask, match=r"^Samples 0 to 1 .* could not be read: ValueError: not here$"):
+        as_data(DataLoader(Shy(), batch_size=2, num_workers=1), "train")
+
+
+class Slow(Pairs):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        time.sleep(0.5)
+        return super().__getitem__(index)
+
+
+@forks
+@pytest.mark.parametrize(("dataset", "error"), [(Slow(), KeyboardInterrupt), (Failing(), InvalidTask)])
+def test_no_process_is_left_behind(dataset: Pairs, error: type[BaseException]) -> None:
+    ctrl_c = threading.Timer(0.4, signal.raise_signal, [signal.SIGINT])
+    if isinstance(dataset, Slow):
+        ctrl_c.start()
+    with pytest.raises(error) as held:  # with it the whole traceback
+        as_data(DataLoader(dataset, batch_size=1, num_workers=2), "train")
+    assert held.tb is not None
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("watched", "patience", "shown"), [(True, 0.0, True), (True, 60.0, False), (False, 0.0, False)]
+)
+def test_long_reading_is_shown_to_who_watches(
+    monkeypatch: pytest.MonkeyPatch, watched: bool, patience: float, shown: bool
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: watched  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(data_module, "SECONDS_BEFORE_A_BAR", patience)
+    data, _ = as_data(DataLoader(Pairs(), batch_size=2), "train")
+    assert torch.equal(data.x, X)
+    assert ("reading train data" in terminal.getvalue()) is shown
 
 
 def test_a_loader_says_how_it_batches() -> None:
@@ -114,6 +298,7 @@ def test_data_are_cut_off_from_a_graph() -> None:
         (DataLoader(Pairs(), batch_sampler=[[0, 1], [2, 3]]), "list"),
         (TensorDataset(X), "1 elements"),
         (TensorDataset(X, Y, Y), "3 elements"),
+        (DataLoader(X[:2], batch_size=2), "data set Tensor is a Tensor, and is expected to be a pair"),
         ((X, Y[:5]), "6 inputs x and 5 targets y"),
         ((X[:0], Y[:0]), "no samples"),
         (TensorDataset(X[:0], Y[:0]), "no samples"),

@@ -10,6 +10,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import statistics
 import time
 import warnings
 from collections import Counter
@@ -372,15 +373,15 @@ def _measured(ahead: Ahead, course: Course) -> float | None:
 def _seconds_per_trial_step(ahead: Ahead, course: Course, pack: Pack) -> float:
     trained = ahead.trained(course, pack)
     trained.train_steps(min(2, ahead.steps))
-    count, spent, best = 1, 0.0, math.inf
+    count, spent, seconds = 1, 0.0, []
     while spent < SECONDS_MEASURED:
         began = time.perf_counter()
         trained.train_steps(count)
         taken = time.perf_counter() - began
         spent += taken
-        best = min(best, taken / count)
-        count = min(64, 2 * count)
-    return best / len(pack.trials)
+        seconds.append(taken / count)
+        count = min(8, 2 * count)
+    return statistics.median(seconds) / len(pack.trials)
 
 
 def _side_by_side(functions: Sequence[Callable[[], float]]) -> list[float]:

@@ -81,7 +81,10 @@ def why_not(device: torch.device) -> str | None:
 
 def cached(source: Source) -> Run | None:
     """The compiled program from the cache, if it is there."""
-    path = _path(source.key)
+    try:
+        path = _path(source.key)
+    except NotCompiled:  # which compiling it will say
+        return None
     if not path.exists():
         return None
     with contextlib.suppress(OSError):
@@ -119,10 +122,8 @@ def compile_all(sources: Mapping[Any, Source], *, side_by_side: bool) -> Iterato
             try:
                 wait()
                 yield name, _loaded(_path(source.key))
-            except NotCompiled as reason:
-                yield name, reason
             except Exception as error:
-                yield name, _reason(error)
+                yield name, reason_of(error)
 
 
 def directory() -> Path:
@@ -207,13 +208,16 @@ def _in_child(source: Source, connection: Any) -> None:
         torch.set_num_threads(1)
         _compile(source)
     except BaseException as error:
-        reason = str(_reason(error))
+        reason = str(reason_of(error))
     with contextlib.suppress(OSError):
         connection.send(reason)
     os._exit(0)
 
 
-def _reason(error: BaseException) -> NotCompiled:
+def reason_of(error: BaseException) -> NotCompiled:
+    """An error's type and its first line."""
+    if isinstance(error, NotCompiled):
+        return error
     lines = str(error).strip().splitlines()
     return NotCompiled(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 

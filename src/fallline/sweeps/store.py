@@ -107,12 +107,16 @@ class RunDirectory:
         """`CONFIGURATIONS` or `TRIALS` as they were written."""
         return _read_table(self.path / name)
 
+    def note(self, **facts: Any) -> None:
+        """Adds to the specification."""
+        self.spec = {**self.spec, **facts}
+        write_file(self.path / SPEC, json.dumps(self.spec, indent=1))
+
     def finish(self, trials: pl.DataFrame, **facts: Any) -> None:
         """Writes the results of the trials, merges the history, and notes how the run ended."""
         self._merge(self._files())
         _write_table(self.path / TRIALS, trials)
-        self.spec = {**self.spec, **facts}
-        write_file(self.path / SPEC, json.dumps(self.spec, indent=1))
+        self.note(**facts)
         if facts.get("complete"):
             shutil.rmtree(self.path / PACKS, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -14,8 +13,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import numpy as np
-import polars as pl
 import torch
 
 from fallline.errors import (
@@ -28,25 +25,20 @@ from fallline.errors import (
 from fallline.losses import Loss, as_loss
 from fallline.optim import Optimizer, adam, rmsprop, sgd
 from fallline.optim.catalogue import learning_rate_grid
-from fallline.sweeps import calibration, engines, packs, search, workers
-from fallline.sweeps.packs import Block, Job, Pack
-from fallline.sweeps.result import Result, best_trial, with_results
+from fallline.sweeps import calibration, engines, search
+from fallline.sweeps.packs import Job
+from fallline.sweeps.result import Result
+from fallline.sweeps.running import run
 from fallline.sweeps.search import Configuration
-from fallline.sweeps.store import TRIALS, RunDirectory, evaluation_steps, history_of, require_free
+from fallline.sweeps.store import RunDirectory, require_free
 from fallline.tasks import Task
 from fallline.tasks import registry as built_in_tasks
-from fallline.training import checkpoint
 from fallline.training.batches import steps_per_epoch
 from fallline.training.device import resolve_device
 from fallline.training.fit import check_budget, check_seed, fingerprint
-from fallline.training.interrupt import Interrupt
-from fallline.training.progress import Progress
 
 # Of a trial: enough evaluations to draw its curve, few enough to cost little.
 EVALUATIONS = 20
-# New blocks are written at most so often, in seconds; what a killed sweep loses.
-SECONDS_BETWEEN_WRITES = 0.2
-STOPPING = "stopping at the next evaluation; Ctrl-C again stops at once"
 # What may differ between a run and its continuation.
 INCIDENTAL = (
     "created",
@@ -55,6 +47,7 @@ INCIDENTAL = (
     "command",
     "engine_reason",
     "course",
+    "memory",
     "calibration",
     "workers",
     "seconds",
@@ -214,7 +207,8 @@ def sweep(
         )
         processes = None if course.threads is None else course.workers
         try:
-            _train(job, directory, processes, progress, f"{task.name} ({course.name})", began)
+            title = f"sweep {task.name} ({course.name})"
+            run(job, directory, processes, progress, title, began, much=bool(course.measured))
         except FalllineError:
             if not resume and directory.recorded().is_empty():
                 directory.remove()  # nothing to keep, nothing to go on from
@@ -236,111 +230,6 @@ def _check_parameters(task: Task, chosen: Sequence[Configuration]) -> None:
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for optimizer in choosy:
         optimizer.check(params)
-
-
-def _train(
-    job: Job, directory: RunDirectory, processes: int | None, progress: bool | None, title: str, began: float
-) -> None:
-    """Trains what is not trained yet and writes it down."""
-    seconds_before = float(directory.spec["seconds"])
-    planned = [Pack(i, tuple(trials)) for i, trials in enumerate(directory.spec["packs"])]
-    waiting, done = _still_to_do(job, directory, planned)
-    interrupt = Interrupt()
-    pending: list[Block] = []
-    written = time.monotonic()
-    started = time.monotonic()
-    if waiting:
-        with Progress(f"sweep {title}", len(job.plans), "trial", show=progress) as bar, interrupt.listening():
-            bar.start_from(done)
-            messages = workers.train_packs(job, waiting, processes, lambda: interrupt.requested)
-            with contextlib.closing(messages):
-                try:
-                    for message in messages:
-                        if isinstance(message, Block):
-                            pending.append(message)
-                        share = _share_done(job, message) if isinstance(message, Block) else 0.0
-                        bar.advance(share, STOPPING if interrupt.requested else "")
-                        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-                            unwritten, pending = pending, []
-                            directory.append(unwritten)
-                            written = time.monotonic()
-                finally:
-                    directory.append(pending)
-    trained = directory.spec.get("training_seconds", 0.0) + time.monotonic() - started
-    recorded = directory.recorded()
-    history = history_of(recorded, len(job.plans), job.steps, job.evaluate_every, np.float64)
-    higher = job.task.metric.higher_is_better
-    trials = with_results(directory.table(TRIALS), recorded, history, higher)
-    complete = bool((trials["status"] != "interrupted").all())
-    seconds = seconds_before + time.monotonic() - began
-    ended = int((trials["status"] != "interrupted").sum())
-    directory.finish(
-        trials,
-        complete=complete,
-        seconds=seconds,
-        training_seconds=trained,
-        trials_per_second=ended / seconds,
-    )
-    if complete and job.keep_parameters == "best":
-        _keep_best_parameters(directory.path, trials, higher)
-
-
-def _share_done(job: Job, block: Block) -> float:
-    """How many trials' worth of work is behind when this block is: a diverged trial is done at once."""
-    share = (block.evaluated_at - block.start) / job.steps * len(block.trials)
-    left = int(np.isnan(block.validation_loss).sum()) * (job.steps - block.evaluated_at) / job.steps
-    return share + left
-
-
-def _still_to_do(job: Job, directory: RunDirectory, planned: list[Pack]) -> tuple[list[Pack], float]:
-    """The packs that have not ended, and how many trials' worth is done. A checkpoint ahead of the history goes."""
-    table = (
-        directory.recorded()
-        .sort("start")
-        .group_by("trial")
-        .agg(
-            pl.col("evaluated_at").last(),
-            pl.len().alias("blocks"),
-            pl.col("train_loss").last().list.last().alias("last_loss"),
-        )
-    )
-    state = {row["trial"]: row for row in table.to_dicts()}
-    ends = evaluation_steps(job.steps, job.evaluate_every).tolist()
-    waiting: list[Pack] = []
-    done = 0.0
-    for pack in planned:
-        steps_recorded = []
-        for trial in pack.trials:
-            row = state.get(trial)
-            if row is None:
-                steps_recorded.append(0)
-                continue
-            whole = row["blocks"] == ends.index(row["evaluated_at"]) + 1
-            ended = row["last_loss"] is None or not np.isfinite(row["last_loss"])
-            steps_recorded.append(0 if not whole else job.steps if ended else row["evaluated_at"])
-        reached_step = min(steps_recorded)
-        if reached_step == job.steps:
-            done += len(pack.trials)
-            continue
-        place = job.folder / "packs" / f"{pack.index:05d}"
-        found = checkpoint.read(place)
-        if found is not None and found[1]["begin"] > reached_step:
-            checkpoint.remove(place)
-            found = None
-        done += len(pack.trials) * (found[1]["step"] / job.steps if found is not None else 0.0)
-        waiting.append(pack)
-    return waiting, done
-
-
-def _keep_best_parameters(path: Path, trials: pl.DataFrame, higher_is_better: bool) -> None:
-    """Of each configuration, only the best trial's parameters stay."""
-    folder = path / "parameters"
-    kept = {int(p.stem) for p in folder.glob("*.safetensors")}
-    for _, group in trials.filter(pl.col("trial").is_in(list(kept))).group_by("configuration"):
-        best = best_trial(group.sort("trial"), higher_is_better)
-        for trial in group["trial"]:
-            if trial != best:
-                packs.parameters_file(path, trial).unlink()
 
 
 def _opened(path: Path, spec: dict[str, Any], asked: str) -> RunDirectory:

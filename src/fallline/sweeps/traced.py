@@ -67,9 +67,9 @@ def _select_instead_of_scattering(graph: fx.Graph) -> None:
     """
     for node in list(graph.find_nodes(op="call_function", target=ATEN.scatter_add.default)):
         zeros, dim, index, source = node.args
-        if zeros.target not in ZEROS or index.meta["val"].shape[dim] != 1 or source.meta["val"].shape[dim] != 1:
+        like, to, values = (each.meta["val"] for each in (zeros, index, source))
+        if zeros.target not in ZEROS or to.shape[dim] != 1 or to.shape != values.shape or not like.is_floating_point():
             continue
-        like, to = zeros.meta["val"], index.meta["val"]
         if any(to.shape[d] != size for d, size in enumerate(like.shape) if d != dim % like.dim()):
             continue
         with graph.inserting_before(node):

@@ -36,8 +36,9 @@ from fallline.training.step import joined
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
 WORTH_COMPACTING = 1 / 8
-# Numbers that are updated together on a CPU: what a rule computes on the way should stay in the cache until it is used.
-LARGEST_FAMILY = 2**18
+# Numbers that are updated together on a CPU where there are no chunks: what a rule computes on the way should stay in
+# the cache until it is used.
+LARGEST_FAMILY = 2**19
 # Samples per mapped forward pass when the population is evaluated.
 EVALUATION_CHUNK = 512
 # So many steps are made of one chunk of rows before the next one's turn: its parameters stay in the cache.
@@ -386,11 +387,12 @@ class Population:
     def _make_families(self, optimizers: Sequence[Optimizer]) -> list[Family]:
         families: list[Family] = []
         start = 0
-        most = max(1, LARGEST_FAMILY // self.layout.size)
+        whole = self.chunk is not None or self.device.type != "cpu"
+        most = len(optimizers) if whole else max(1, LARGEST_FAMILY // max(1, self.layout.size))
         while start < len(optimizers):
             structure = optimizers[start].structure
             stop = start + 1
-            end = len(optimizers) if self.device.type != "cpu" else min(len(optimizers), start + most)
+            end = min(len(optimizers), start + most)
             while stop < end and optimizers[stop].structure == structure:
                 stop += 1
             own = optimizers[start:stop]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -107,6 +108,7 @@ def use_one_thread() -> None:
     glibc gives tensors of a megabyte back to the system as soon as they are freed, and every new one costs page faults:
     half of the time of a small population's step.
     """
+    gc.freeze()  # the collector would write to all that was inherited, and so make a copy of it
     torch.set_num_threads(1)
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to set
         libc = ctypes.CDLL(None)

@@ -3,7 +3,10 @@ for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,11 @@ from torch.utils.data import (
 )
 
 from fallline.errors import InvalidTask
+
+# Samples of a data set that are read and stacked together.
+READ_AT_ONCE = 64
+# Reading that takes longer shows how far it is.
+SECONDS_BEFORE_A_BAR = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +71,8 @@ def as_data(source: object, role: str) -> tuple[Data, Loading | None]:
 
     Args:
         source: a pair (x, y) of tensors, numpy arrays or lists; a map-style `Dataset` of pairs, each of which
-            is read once; a `DataLoader`, whose data set is read with its collate function; or `Data`.
+            is read once; a `DataLoader`, whose data set is read once and in order, with its workers and its collate
+            function; or `Data`.
         role: "train" or "validation", for messages.
 
     Integer targets become int64, the type that torch's losses take; nothing else is converted here.
@@ -80,11 +89,11 @@ def as_data(source: object, role: str) -> tuple[Data, Loading | None]:
         pair: tuple[object, object] = (source.x, source.y)
     elif isinstance(source, DataLoader):
         loading = _loading(source, role)
-        pair = _collated(source.dataset, source.collate_fn, role)
+        pair = _read(source, role)
     elif isinstance(source, IterableDataset):
         raise InvalidTask(_iterable(role))
     elif isinstance(source, Dataset):
-        pair = _collated(source, default_collate, role)
+        pair = _read(DataLoader(source, READ_AT_ONCE), role)
     elif isinstance(source, tuple | list) and len(source) == 2:
         pair = (source[0], source[1])
     else:
@@ -131,34 +140,137 @@ def _loading(loader: DataLoader[Any], role: str) -> Loading:
     )
 
 
-def _collated(dataset: Any, collate: Callable[[list[Any]], Any], role: str) -> tuple[object, object]:
-    """Every sample of a data set in one batch."""
-    if type(dataset) is TensorDataset and collate is default_collate and len(dataset.tensors) == 2:
+def _read(loader: DataLoader[Any], role: str) -> tuple[object, object]:
+    """Every sample of a loader's data set, read once and in order by the loader's workers and collate function.
+
+    Batches are copied into their place as they come, so that no more than the data and a few batches are in memory.
+    Where they differ in shape (a collate function that pads to the longest sample of a batch), the samples are read
+    again, and collated all at once.
+    """
+    dataset: Any = loader.dataset
+    if type(dataset) is TensorDataset and loader.collate_fn is default_collate and len(dataset.tensors) == 2:
         return dataset.tensors[0], dataset.tensors[1]
     try:
-        samples = [dataset[index] for index in range(len(dataset))]
+        total = len(dataset)
     except Exception as error:
-        raise InvalidTask(
-            f"The {role} data set {type(dataset).__name__} could not be read: {type(error).__name__}: {error}"
-        ) from error
-    if not samples:
+        raise InvalidTask(f"The {role} data set {_told(dataset, error)}") from error
+    if total == 0:
         raise InvalidTask(f"The {role} data hold no samples; at least 2 are needed. Pass a data set that is not empty.")
-    if not isinstance(samples[0], tuple | list) or len(samples[0]) != 2:
-        shape = f" of {len(samples[0])} elements" if isinstance(samples[0], tuple | list) else ""
-        raise InvalidTask(
-            f"Sample 0 of the {role} data set {type(dataset).__name__} is a "
-            f"{type(samples[0]).__name__}{shape}, and is expected to be a pair (x, y). Let __getitem__ "
-            "return x, y."
-        )
+    size = min(loader.batch_size or total, total)
+    whole: list[Tensor] = []
+    with _batches(loader, size, role) as batches:
+        for start in range(0, total, size):
+            rows = range(start, min(start + size, total))
+            parts = [
+                _tensor(part, f"{role} {name}")
+                for name, part in zip("xy", _pair(_next(batches, loader, rows, role), dataset, role), strict=True)
+            ]
+            if size == total:
+                return parts[0], parts[1]
+            whole = whole or [part.new_empty(total, *part.shape[1:]) for part in parts]
+            for all_rows, part in zip(whole, parts, strict=True):
+                if part.dtype != all_rows.dtype or part.shape != (len(rows), *all_rows.shape[1:]):
+                    return _pair(_collated(dataset, loader.collate_fn, range(total), role), dataset, role)
+                all_rows[rows.start : rows.stop] = part
+    return whole[0], whole[1]
+
+
+@contextlib.contextmanager
+def _batches(loader: DataLoader[Any], size: int, role: str) -> Iterator[Iterator[object]]:
+    """Batches of so many samples in the order of the data; afterwards, however it ends, no process is left."""
+    in_order = DataLoader(
+        loader.dataset,
+        size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        prefetch_factor=loader.prefetch_factor,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        # The seeds of the workers are drawn from it; where there are none, the caller's random state stays as it is.
+        generator=loader.generator if loader.num_workers else torch.Generator(),
+    )
     try:
-        batch = collate(samples)
-        x, y = batch
+        batches = iter(in_order)
+    except Exception as error:
+        raise InvalidTask(f"The workers of the {role} DataLoader do not start: {_last_line(error)}") from error
+    try:
+        with contextlib.closing(_shown(batches, f"reading {role} data", len(in_order))) as shown:
+            yield shown
+    finally:
+        # By itself it would end its processes when it is forgotten, and a traceback does not forget.
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def _shown(batches: Iterator[object], title: str, total: int) -> Generator[object, None, None]:
+    """The batches, with a bar on standard error once reading has taken a while and if a terminal watches."""
+    if sys.stderr.isatty():
+        began = time.monotonic()
+        done = 0
+        while time.monotonic() - began < SECONDS_BEFORE_A_BAR and done < total:
+            yield next(batches)
+            done += 1
+        if done < total:
+            from rich.console import Console
+            from rich.progress import track
+
+            console = Console(stderr=True)
+            batches = iter(track(batches, title, total, completed=done, console=console, transient=True))
+    yield from batches
+
+
+def _next(batches: Iterator[object], loader: DataLoader[Any], rows: range, role: str) -> object:
+    """The next batch, which holds these samples.
+
+    Raises:
+        InvalidTask: for the sample that cannot be read, found by reading the batch again here, one by one.
+    """
+    try:
+        return next(batches)
+    except Exception as error:
+        # What a worker caught can be met again; one that was killed or hangs is not to be followed.
+        if not loader.num_workers or str(error).startswith("Caught "):
+            _collated(loader.dataset, loader.collate_fn, rows, role)
+        raise InvalidTask(
+            f"Samples {rows.start} to {rows.stop - 1} of the {role} data set {_told(loader.dataset, error)}"
+        ) from error
+
+
+def _collated(dataset: Any, collate: Callable[[list[Any]], Any], rows: range, role: str) -> object:
+    """These samples as one batch, read one by one in this process."""
+    samples = []
+    for index in rows:
+        try:
+            samples.append(dataset[index])
+        except Exception as error:
+            raise InvalidTask(f"Sample {index} of the {role} data set {_told(dataset, error)}") from error
+    try:
+        return collate(samples)
     except Exception as error:
         raise InvalidTask(
             f"The samples of the {role} data set {type(dataset).__name__} cannot be stacked into one batch "
             f"(x, y): {type(error).__name__}: {error}"
         ) from error
-    return x, y
+
+
+def _pair(batch: object, dataset: object, role: str) -> tuple[object, object]:
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)} elements" if isinstance(batch, tuple | list) else ""
+    raise InvalidTask(
+        f"A batch of the {role} data set {type(dataset).__name__} is a {type(batch).__name__}{size}, and is expected "
+        "to be a pair (x, y). Let __getitem__, or the collate function, return x, y."
+    )
+
+
+def _told(dataset: object, error: Exception) -> str:
+    return f"{type(dataset).__name__} could not be read: {_last_line(error)}"
+
+
+def _last_line(error: Exception) -> str:
+    """An error in a line; one that a worker caught ends with the line of the error that it met."""
+    *trace, last = str(error).strip().splitlines() or [""]
+    return last if trace else f"{type(error).__name__}: {last}"
 
 
 def _tensor(array: object, name: str) -> Tensor:
@@ -196,7 +308,10 @@ def _require_samples(x: Tensor, y: Tensor, role: str) -> None:
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # NaN and infinity show in the extremes, which take no memory.
+    if bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         return
     first = (~torch.isfinite(tensor)).nonzero()[0].tolist()
     value = float(tensor[tuple(first)])

@@ -1,0 +1,268 @@
+"""What is chosen is the fastest that was measured, within what was asked for; and every trial is in one pack."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fallline as fl
+from fallline.sweeps import calibration, engines, packs, search, workers
+from fallline.sweeps.calibration import Ahead, Course, course_of, rows_in_cache
+from fallline.sweeps.engines import EngineChoice
+
+CPU = torch.device("cpu")
+VECTORISED = EngineChoice("vectorised", "the model can be vectorised")
+SEQUENTIAL = EngineChoice("sequential", "asked for")
+Times = dict[str, float]
+
+
+def ahead(seeds: int = 20, task: fl.Task | None = None) -> Ahead:
+    task = (task or fl.tasks.line()).check()
+    chosen = search.configurations([fl.optim.sgd(lr=fl.grid([0.01, 0.1]))], [task.loss], samples=1, search_seed=0)
+    return Ahead(task, search.trials(chosen, list(range(seeds))), CPU, 10**6, 1000, False)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[str]]:
+    """Gives every way of training the time in a table, and lets two processes train; what is not in it fails."""
+
+    def give(times: Times) -> list[str]:
+        asked: list[str] = []
+
+        def invented(ahead: Ahead, course: Course) -> float | None:
+            asked.append(course.name)
+            return times.get(course.name)
+
+        monkeypatch.setattr(calibration, "_measured", invented)
+        monkeypatch.setattr(calibration._Calibration, "_compiled", compiled_course)
+        monkeypatch.setattr(calibration._Calibration, "_prepared", lambda self, course: course)
+        monkeypatch.setattr(workers, "_cores", lambda: 2)
+        return asked
+
+    return give
+
+
+def compiled_course(self: Any, course: Course) -> Course:
+    return replace(course, execution="compiled", chunk=8, cached=True)
+
+
+ALL: Times = {
+    "mapped, 2 workers": 50.0,
+    "sequential, 2 workers": 60.0,
+    "traced, 2 workers": 40.0,
+    "traced, this process": 45.0,
+    "compiled, 2 workers": 30.0,
+}
+
+
+@pytest.mark.parametrize("fastest", ALL)
+def test_the_fastest_way_is_chosen(measured, fastest: str):
+    times = {**ALL, fastest: 10.0}
+    if fastest != "traced, this process":  # which is tried with whatever was the fastest so far
+        times[fastest.replace("2 workers", "this process")] = 99.0
+    asked = measured(times)
+    course = course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto")
+    assert course.name == fastest
+    assert course.engine == ("sequential" if fastest.startswith("sequential") else "vectorised")
+    assert course.workers == (1 if "this process" in fastest else 2)
+    assert set(asked) >= {"mapped, 2 workers", "sequential, 2 workers", "traced, 2 workers", "compiled, 2 workers"}
+    assert course.reason.startswith(f"the model can be vectorised; {fastest}: 10 µs per trial-step (")
+    assert course.facts["choice"] == fastest
+    assert course.facts["alternatives"] == {name: times[name] for name in asked}
+    assert course.facts["cached"] is fastest.startswith("compiled")
+    assert course.facts["compile_seconds"] == 0
+    again = Course(**course.recorded)
+    assert (again.engine, again.execution, again.chunk) == (course.engine, course.execution, course.chunk)
+    assert (again.workers, again.threads, again.largest) == (course.workers, course.threads, course.largest)
+
+
+def test_what_is_asked_for_is_not_left(measured):
+    fast = {"sequential, 2 workers": 1.0, "mapped, this process": 1.0, "traced, this process": 1.0}
+    asked = measured({**ALL, **fast})
+    assert course_of(ahead(), VECTORISED, asked="vectorised", asked_workers=2).name == "compiled, 2 workers"
+    assert not {name for name in asked if "sequential" in name or "this process" in name}
+    assert course_of(ahead(), VECTORISED, asked="auto", asked_workers=2).name == "sequential, 2 workers"
+    assert course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto").name in fast
+    asked.clear()
+    assert course_of(ahead(), SEQUENTIAL, asked="sequential", asked_workers=2).name == "sequential, 2 workers"
+    assert course_of(ahead(), SEQUENTIAL, asked="sequential", asked_workers=1).name == "sequential, this process"
+    assert {name.split(",")[0] for name in asked} == {"sequential"}
+    assert course_of(ahead(), VECTORISED, asked="auto", asked_workers=1).threads is None
+    assert course_of(ahead(), VECTORISED, asked="vectorised", asked_workers=3).workers == 3
+    assert course_of(ahead(), VECTORISED, asked="compiled", asked_workers=2).name == "compiled, 2 workers"
+
+
+def test_more_is_tried_only_where_it_pays(measured):
+    seconds = {"mapped, 2 workers": 1.0, "sequential, 2 workers": 2.0}
+    plenty = ahead()
+    for left, tried in ((4.0, 2 + 1), (6.0, 2 + 2)):
+        asked = measured({name: 1e6 * left * each / plenty.trial_steps for name, each in seconds.items()})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration._Calibration, "_compiled", lambda self, course: None)
+            assert course_of(plenty, VECTORISED, asked="auto", asked_workers="auto").name == "mapped, 2 workers"
+        assert len(asked) == tried, f"with {left} s ahead: {asked}"
+
+
+def test_where_every_probe_fails_nothing_changes(measured):
+    measured({})
+    course = course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto")
+    assert course.name == "mapped, 2 workers"
+    assert course.reason == VECTORISED.reason
+    assert course.facts["alternatives"] == {}
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_probe_that_fails_measures_nothing(monkeypatch: pytest.MonkeyPatch, threads: int | None):
+    course = Course("vectorised", workers=2 if threads else 1, threads=threads, largest=20)
+    monkeypatch.setattr(calibration, "SECONDS_MEASURED", 0.01)
+    found = calibration._measured(ahead(), course)
+    assert found is not None
+    assert 0.01 < found < 1e5, "microseconds"
+    monkeypatch.setattr(engines, "start", lambda *given, **settings: 1 / 0)
+    assert calibration._measured(ahead(), course) is None
+    assert not multiprocessing.active_children()
+
+
+def test_processes_side_by_side_share_the_work(monkeypatch: pytest.MonkeyPatch):
+    """One takes 3 µs for a trial-step and the other 5, at the same time."""
+    monkeypatch.setattr(calibration, "_side_by_side", lambda functions: [3e-6, 5e-6][: len(functions)])
+    both = Course("vectorised", workers=2, threads=1, largest=20)
+    assert calibration._measured(ahead(), both) == pytest.approx(2.0)
+    assert calibration._measured(ahead(), replace(both, workers=1)) == pytest.approx(3.0)
+
+
+# Sweeps.
+
+
+def small(engine: str = "auto", **settings: Any) -> fl.Result:
+    optimizers = [fl.optim.sgd(lr=fl.grid([0.01, 0.02, 0.1])), fl.optim.adam(lr=fl.grid([0.01, 0.1]))]
+    asked = {"seeds": 3, "steps": 30, "engine": engine, "progress": False}
+    return fl.sweep(fl.tasks.line(torch.float64), optimizers, **{**asked, **settings})
+
+
+def test_a_small_sweep_is_not_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibration, "_measured", lambda *given: pytest.fail("it was measured"))
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail("a process was forked"))
+    spec = small().spec
+    assert spec["engine"] == "vectorised"
+    assert spec["calibration"] == {
+        "choice": "mapped, this process", "alternatives": {}, "compile_seconds": 0.0, "cached": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asked_workers", ["auto", 2])
+def test_a_measured_sweep_says_what_it_chose_and_is_right(monkeypatch: pytest.MonkeyPatch, asked_workers: int | str):
+    expected = small("sequential", workers=1)
+    monkeypatch.setattr(calibration, "SECONDS_MEASURED", 0.01)
+    for name in ("WORTH_TRACING", "WORTH_LOADING"):
+        monkeypatch.setattr(calibration, name, 0.0)
+    monkeypatch.setattr(workers, "WORTH_A_PROCESS", 0.0)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = small(workers=asked_workers)
+    found = result.spec["calibration"]
+    assert set(found["alternatives"]) >= {"mapped, 2 workers", "sequential, 2 workers", "traced, 2 workers"}
+    assert any("this process" in name for name in found["alternatives"]) is (asked_workers == "auto")
+    assert found["choice"] == min(found["alternatives"], key=found["alternatives"].get)
+    assert result.spec["engine"] == result.spec["course"]["engine"]
+    assert result.spec["workers"] == result.spec["course"]["workers"]
+    assert f"{found['choice']}: " in result.spec["engine_reason"]
+    assert "not compiled" not in result.spec["engine_reason"], "so small a sweep would not be"
+    np.testing.assert_allclose(result.history.train_loss, expected.history.train_loss, rtol=1e-10, atol=1e-20)
+    np.testing.assert_allclose(result.history.metric, expected.history.metric, rtol=1e-10, atol=1e-20)
+
+
+# Rows in the cache.
+
+
+def wide(width: int, batch_size: int) -> fl.Task:
+    x = torch.randn(64, 10)
+    return fl.Task(
+        "wide", lambda: nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 1)), (x, x[:, :1]), "mse",
+        "train", batch_size=batch_size,
+    )  # fmt: skip
+
+
+def test_rows_in_the_cache_are_those_that_fit(monkeypatch: pytest.MonkeyPatch):
+    task = wide(100, 64)
+    numbers = 100 * 11 + 101
+    # Inputs, tanh's output and the prediction are kept for the backward pass; tanh's output also for the last layer.
+    kept = 64 * (10 + 100 + 1)
+    found = calibration._bytes_of_a_trial(task)
+    assert 4 * 4 * numbers + 2 * 4 * 64 * 100 <= found <= 4 * 4 * numbers + 2 * 4 * (kept + 64)
+    for cache in (10**5, 10**6):
+        monkeypatch.setattr(calibration, "_cache", lambda cache=cache: cache)
+        rows = rows_in_cache(task, CPU)
+        assert rows in (8, 16, 32, 64, 128, 256, 512, 1024)
+        assert rows == 8 or rows * found <= 8 * cache < 2 * rows * found
+    assert rows > 8
+    assert rows_in_cache(wide(5000, 64), CPU) == 8
+    monkeypatch.setattr(calibration, "_cache", lambda: 2**30)
+    assert rows_in_cache(task, CPU) == 1024
+
+
+def test_rows_of_a_chunk_are_few_enough_for_every_process():
+    many = calibration._Calibration(ahead(seeds=50), "auto", 1024)
+    assert many._chunk(Course("vectorised", workers=2)) == 50
+    assert many._chunk(Course("vectorised", workers=1)) == 100
+    assert many._chunk(Course("vectorised", workers=2, chunk=7)) == 7, "what was chosen before stays"
+    # 100 rows in chunks of 64 would be 128; of 50, just 100.
+    assert calibration._Calibration(ahead(seeds=50), "auto", 64)._chunk(Course("vectorised", workers=1)) == 50
+
+
+# Packs.
+
+OPTIMIZERS = [
+    fl.optim.sgd(lr=0.1), fl.optim.sgd(lr=0.1, momentum=0.9), fl.optim.adam(lr=0.1), fl.optim.rmsprop(lr=0.1),
+]  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.sampled_from([["mse"], ["mse", "l1"]]),
+    st.integers(1, 50),
+    st.integers(1, 4),
+    st.one_of(st.none(), st.integers(1, 20)),
+    st.sampled_from(["vectorised", "sequential"]),
+)
+def test_every_trial_is_in_one_pack_with_its_like(counts, losses, largest, processes, chunk, engine):
+    given_losses = [fl.losses.mse() if name == "mse" else fl.losses.l1() for name in losses]
+    configurations = search.configurations(OPTIMIZERS[: len(counts)], given_losses, samples=1, search_seed=0)
+    plans = [
+        search.TrialPlan(0, c, seed)
+        for c in configurations
+        for seed in range(next(n for o, n in zip(OPTIMIZERS, counts, strict=False) if o == c.optimizer))
+    ]
+    plans = [replace(plan, index=i) for i, plan in enumerate(plans)]
+    made = packs.make_packs(plans, engine=engine, largest=largest, workers=processes, chunk=chunk)
+    assert [pack.index for pack in made] == list(range(len(made)))
+    assert sorted(trial for pack in made for trial in pack.trials) == list(range(len(plans)))
+    kinds = Counter((p.configuration.loss.structure, p.configuration.optimizer.structure) for p in plans)
+    short: Counter[Any] = Counter()
+    for pack in made:
+        own = [plans[i] for i in pack.trials]
+        (loss,) = {plan.configuration.loss.structure for plan in own}
+        structures = {plan.configuration.optimizer.structure for plan in own}
+        enough = [s for s in structures if kinds[loss, s] >= min(packs.ENOUGH_FOR_A_PACK, largest)]
+        assert not enough or len(structures) == 1, "an optimizer with enough trials shares a pack"
+        assert [(p.seed, p.index) for p in own] == sorted((p.seed, p.index) for p in own)
+        if engine == "sequential":
+            assert len(own) == 1
+        elif chunk is None:
+            assert len(own) <= largest
+        else:
+            assert len(own) <= max(chunk, largest)
+            group = loss, next(iter(structures)) if enough else None
+            short[group] += len(own) % chunk > 0
+    assert all(count <= 1 for count in short.values()), "only the last pack of a group may end in a part of a chunk"
