@@ -266,13 +266,14 @@ def test_a_compiler_that_refuses(
 ):
     monkeypatch.setenv("FALLLINE_CACHE", str(tmp_path / "programs"))
     monkeypatch.setattr(compiled, "_compile", refusal)
-    result = sweep()
+    short_too = task(samples=27)  # two programs of one name
+    result = sweep(task=short_too)
     reason = assert_runs(result, "traced")
     for part in ("the forward and backward pass", "the update of sgd", "the update of adam"):
         assert reason.count(f"not compiled: {part} cannot be compiled: {said}") == 1
     assert "many lines" not in reason
     assert capfd.readouterr() == ("", "")
-    assert_equal(result, sequential)
+    assert_equal(result, sweep("sequential", task=short_too))
 
 
 def test_one_program_that_is_refused_leaves_the_others_compiled(

@@ -233,7 +233,7 @@ def test_tracing_changes_nothing():
 @pytest.fixture
 def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of some trials, written and checkpointed after every block."""
-    monkeypatch.setattr("fallline.sweeps.sweep.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("fallline.sweeps.running.SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setattr(packs, "LARGEST_PACK", {"cpu": 8, "cuda": 8})
     monkeypatch.setattr(packs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 

@@ -19,6 +19,7 @@ import fallline as fl
 from fallline.sweeps import calibration, engines, packs, search, workers
 from fallline.sweeps.calibration import Ahead, Course, course_of, rows_in_cache
 from fallline.sweeps.engines import EngineChoice
+from fallline.sweeps.programs import Programs
 
 CPU = torch.device("cpu")
 VECTORISED = EngineChoice("vectorised", "the model can be vectorised")
@@ -44,15 +45,23 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[str]]:
             return times.get(course.name)
 
         monkeypatch.setattr(calibration, "_measured", invented)
+        monkeypatch.setattr(
+            calibration._Calibration, "_prepared_to_compile", lambda self, course: to_compile(course, 1)
+        )
         monkeypatch.setattr(calibration._Calibration, "_compiled", compiled_course)
         monkeypatch.setattr(calibration._Calibration, "_prepared", lambda self, course: course)
-        monkeypatch.setattr(workers, "_cores", lambda: 2)
+        monkeypatch.setattr(workers, "cores", lambda: 2)
         return asked
 
     return give
 
 
-def compiled_course(self: Any, course: Course) -> Course:
+def to_compile(course: Course, missing: int) -> Any:
+    """A course with so many programs that the cache does not have."""
+    return calibration._Chunked(course, Programs(), {}, dict.fromkeys(range(missing)))
+
+
+def compiled_course(self: Any, course: Course, chunked: Any) -> Course:
     return replace(course, execution="compiled", chunk=8, cached=True)
 
 
@@ -105,12 +114,19 @@ def test_what_is_asked_for_is_not_left(measured):
 def test_more_is_tried_only_where_it_pays(measured):
     seconds = {"mapped, 2 workers": 1.0, "sequential, 2 workers": 2.0}
     plenty = ahead()
-    for left, tried in ((4.0, 2 + 1), (6.0, 2 + 2)):
+    for left, tried in ((4.0, 2), (6.0, 2 + 1), (21.0, 2 + 2)):
         asked = measured({name: 1e6 * left * each / plenty.trial_steps for name, each in seconds.items()})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibration._Calibration, "_compiled", lambda self, course: None)
+            patch.setattr(calibration._Calibration, "_compiled", lambda self, course, chunked: None)
             assert course_of(plenty, VECTORISED, asked="auto", asked_workers="auto").name == "mapped, 2 workers"
         assert len(asked) == tried, f"with {left} s ahead: {asked}"
+
+
+def test_what_the_cache_has_is_not_compared_with_traced_programs(measured, monkeypatch: pytest.MonkeyPatch):
+    asked = measured(ALL)
+    monkeypatch.setattr(calibration._Calibration, "_prepared_to_compile", lambda self, course: to_compile(course, 0))
+    assert course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto").name == "compiled, 2 workers"
+    assert asked == ["mapped, 2 workers", "sequential, 2 workers", "compiled, 2 workers"]
 
 
 def test_where_every_probe_fails_nothing_changes(measured):
@@ -164,10 +180,10 @@ def test_a_small_sweep_is_not_measured(monkeypatch: pytest.MonkeyPatch):
 def test_a_measured_sweep_says_what_it_chose_and_is_right(monkeypatch: pytest.MonkeyPatch, asked_workers: int | str):
     expected = small("sequential", workers=1)
     monkeypatch.setattr(calibration, "SECONDS_MEASURED", 0.01)
-    for name in ("WORTH_TRACING", "WORTH_LOADING"):
+    for name in ("WORTH_TRACING", "WORTH_LOADING", "WORTH_COMPILING"):
         monkeypatch.setattr(calibration, name, 0.0)
     monkeypatch.setattr(workers, "WORTH_A_PROCESS", 0.0)
-    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
     monkeypatch.setenv("CXX", "no-such-compiler")
     result = small(workers=asked_workers)
     found = result.spec["calibration"]
@@ -177,7 +193,7 @@ def test_a_measured_sweep_says_what_it_chose_and_is_right(monkeypatch: pytest.Mo
     assert result.spec["engine"] == result.spec["course"]["engine"]
     assert result.spec["workers"] == result.spec["course"]["workers"]
     assert f"{found['choice']}: " in result.spec["engine_reason"]
-    assert "not compiled" not in result.spec["engine_reason"], "so small a sweep would not be"
+    assert result.spec["engine_reason"].count("not compiled: there is no C++ compiler") == 1
     np.testing.assert_allclose(result.history.train_loss, expected.history.train_loss, rtol=1e-10, atol=1e-20)
     np.testing.assert_allclose(result.history.metric, expected.history.metric, rtol=1e-10, atol=1e-20)
 

@@ -161,6 +161,10 @@ huber = fl.losses.huber
 # Two populations whose programs must be told apart.
 DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rows": ({"chunk": 2}, {"chunk": 4, "seeds": [0, 1, 2, 3]}),
+    "rows that share their mini-batches": (
+        {"chunk": 2, "seeds": [0], "optimizers": [fl.optim.sgd(lr=fl.grid([0.1, 0.2]))]},
+        {"chunk": 3, "seeds": [0], "optimizers": [fl.optim.sgd(lr=fl.grid([0.1, 0.2, 0.3]))]},
+    ),
     "samples": ({"own": task(16)}, {"own": task(12)}),
     "one seed or several": ({"seeds": [0, 1]}, {"seeds": [0], "optimizers": [fl.optim.sgd(lr=fl.grid([0.1, 0.2]))]}),
     "structure": ({}, {"optimizers": [fl.optim.sgd(lr=0.1, momentum=0.9, nesterov=True)]}),
@@ -302,26 +306,30 @@ def test_writing_to_a_view_reaches_what_it_is_a_view_of():
     torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=40, deadline=None)
+# What is done with a product.
+USES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "alone": lambda found: [found],
+    "added to": lambda found: [found + 1],
+    "transposed": lambda found: [found.transpose(1, 2) * 2],
+    "both": lambda found: [found.mT + 1, found],
+    "viewed": lambda found: [found.view(-1), found.mT.reshape(len(found), -1)],
+    "expanded": lambda found: [found.unsqueeze(0).expand(2, *found.shape) + 1],
+}
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 40)),
-    st.sampled_from(["alone", "transposed", "both", "viewed", "of a view"]),
+    st.sampled_from(sorted(USES)),
+    st.booleans(),
 )
-def test_turned_products_give_the_same(sizes: tuple[int, int, int, int], use: str):
+def test_turned_products_give_the_same(sizes: tuple[int, int, int, int], use: str, turned: bool):
     rows, long, inner, short = sizes
     a, b = torch.randn(rows, long, inner), torch.randn(rows, inner, short)
+    a = a.mT.contiguous().mT if turned else a
 
     def product(a: Tensor, b: Tensor) -> list[Tensor]:
-        if use == "of a view":
-            a = a.mT.contiguous().mT
-        found = torch.bmm(a, b)
-        return {
-            "alone": [found],
-            "transposed": [found.transpose(1, 2) * 2],
-            "both": [found.mT + 1, found],
-            "viewed": [found.view(-1), found.mT.reshape(rows, -1)],
-            "of a view": [found.unsqueeze(0).expand(2, *found.shape) + 1],
-        }[use]
+        return USES[use](torch.bmm(a, b))
 
     for ours, expected in zip(trace(product, a, b)(a, b), product(a, b), strict=True):
         assert ours.shape == expected.shape

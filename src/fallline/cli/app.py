@@ -139,7 +139,7 @@ def sweep(
         Path | None, typer.Option(help="The run directory. [dim]\\[default: runs/TASK][/]", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    engine: Annotated[str, typer.Option(help="auto, vectorised or sequential.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, vectorised, compiled or sequential.")] = "auto",
     device: Device = "auto",
     workers: Annotated[str, typer.Option(help="Processes that train side by side on the CPU.")] = "auto",
     report: Annotated[bool, typer.Option(help="Write report.html into the run directory.")] = True,

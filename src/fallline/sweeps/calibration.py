@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from fallline.sweeps import compiled, engines, packs, workers
 from fallline.sweeps.packs import Pack
-from fallline.sweeps.programs import Programs
+from fallline.sweeps.programs import Programs, Run
 from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.vectorised import Population
 from fallline.tasks import Task
@@ -36,6 +36,8 @@ WORTH_TRACING = 5.0
 WORTH_LOADING = 3.0
 WORTH_COMPILING = 20.0
 SECONDS_TO_COMPILE_MORE = 5.0
+# Programs that are needed by a smaller share of the packs are made when they are needed.
+RARE = 0.1
 # How long each way of training is measured.
 SECONDS_MEASURED = 0.15
 
@@ -171,8 +173,18 @@ def resumed(ahead: Ahead, choice: engines.EngineChoice, spec: dict[str, Any]) ->
         return course
     calibration = _Calibration(ahead, "compiled", course.chunk or 1)
     if course.execution == "compiled":
-        return calibration._compiled(course) or calibration._traced(course)
+        return calibration._compiled(course, calibration._prepared_to_compile(course)) or calibration._traced(course)
     return calibration._traced(course)
+
+
+@dataclass(frozen=True)
+class _Chunked:
+    """A course in chunks: programs that are traced, those that the cache has compiled, and those that it has not."""
+
+    course: Course
+    programs: Programs
+    loaded: dict[Any, Run]
+    missing: dict[Any, compiled.Source]
 
 
 class _Calibration:
@@ -193,18 +205,22 @@ class _Calibration:
             any_workers: whether training in this process is a way too.
         """
         if self.asked == "compiled":
-            made = self._compiled(course) or self._traced(course)
+            made = self._compiled(course, self._prepared_to_compile(course)) or self._traced(course)
             self._measure(made)
             return self._fastest(made)
         self._measure(course)
-        if course.engine == "vectorised":
-            if self.asked == "auto":
-                self._measure(self._alone(course))
-            if self._ahead > WORTH_TRACING:
-                self._measure(self._traced(course))
-        if any_workers and course.threads is not None and self._ahead > WORTH_LOADING:
+        if course.engine == "vectorised" and self.asked == "auto":
+            self._measure(self._alone(course))
+        chunked = self._prepared_to_compile(course) if course.engine == "vectorised" else None
+        if chunked is not None and not chunked.missing:
+            self._measure(self._compiled(course, chunked) or course)
+            return self._fastest(course)
+        if course.engine == "vectorised" and self._ahead > WORTH_TRACING:
+            self._measure(self._traced(course))
+        enough = WORTH_COMPILING if course.workers == workers.cores() else WORTH_LOADING
+        if any_workers and course.threads is not None and self._ahead > enough:
             self._measure(replace(self._fastest(course), workers=1, threads=None))
-        if course.engine == "vectorised" and (quicker := self._compiled(course)) is not None:
+        if chunked is not None and (quicker := self._compiled(course, chunked)) is not None:
             self._measure(quicker)
         return self._fastest(course)
 
@@ -229,22 +245,22 @@ class _Calibration:
 
     def _fastest(self, course: Course) -> Course:
         if not self.measured:
-            return course
+            return replace(course, reason="; ".join([course.reason, *self.notes]))
         name = min(self.measured, key=lambda name: self.measured[name])
         chosen = self.found[name]
         others = ", ".join(f"{other} {micro:.3g}" for other, micro in self.measured.items() if other != name)
         told = f"{name}: {self.measured[name]:.3g} µs per trial-step" + (f" ({others})" if others else "")
         return replace(chosen, reason="; ".join([course.reason, told, *self.notes]), measured=dict(self.measured))
 
-    def _compiled(self, course: Course) -> Course | None:
-        """The compiled course, if there is enough ahead for it and the machine and the model allow it."""
+    def _prepared_to_compile(self, course: Course) -> _Chunked | None:
+        """What is to be compiled, or None where the machine cannot, or there is too little ahead to look."""
         forced = self.asked == "compiled"
         obstacle = compiled.why_not(self.ahead.device)
-        if obstacle is None and not forced and self._ahead < WORTH_LOADING:
-            return None
         if obstacle is not None:
             if forced or self._ahead > WORTH_COMPILING:
                 self._say(obstacle)
+            return None
+        if not forced and self._ahead < WORTH_TRACING:
             return None
         chunk = self._chunk(course)
         made = self._prepared(
@@ -253,9 +269,15 @@ class _Calibration:
         assert made.programs is not None
         sources = {key: compiled.Source(graph, like) for key, graph, like in made.programs.worth_compiling()}
         loaded = {key: run for key, source in sources.items() if (run := compiled.cached(source)) is not None}
-        missing = {key: source for key, source in sources.items() if key not in loaded}
+        return _Chunked(made, made.programs, loaded, {key: s for key, s in sources.items() if key not in loaded})
+
+    def _compiled(self, course: Course, chunked: _Chunked | None) -> Course | None:
+        """The compiled course, if there is enough ahead for what has to be compiled."""
+        if chunked is None:
+            return None
+        made, programs, loaded, missing = chunked.course, chunked.programs, chunked.loaded, chunked.missing
         price = WORTH_COMPILING + SECONDS_TO_COMPILE_MORE * max(0, len(missing) - 2)
-        if missing and not forced and self._ahead < price:
+        if missing and self.asked != "compiled" and self._ahead < price:
             return None
         began = time.monotonic()
         if missing:
@@ -263,17 +285,17 @@ class _Calibration:
                 for key, made_of_it in compiled.compile_all(missing, side_by_side=workers.can_fork(self.ahead.device)):
                     bar.advance(1)
                     if isinstance(made_of_it, compiled.NotCompiled):
-                        self._say(f"{made.programs.name(key)} cannot be compiled: {made_of_it}")
+                        self._say(f"{programs.name(key)} cannot be compiled: {made_of_it}")
                     else:
                         loaded[key] = made_of_it
         for key, run in loaded.items():
             try:
-                if not made.programs.use(key, run):
-                    self._say(f"{made.programs.name(key)} gives other numbers when it is compiled")
+                if not programs.use(key, run):
+                    self._say(f"{programs.name(key)} gives other numbers when it is compiled")
             except Exception as error:
-                self._say(f"{made.programs.name(key)} cannot be run compiled: {compiled.reason_of(error)}")
-        made.programs.examples.clear()
-        if not any(program.compiled for program in made.programs):
+                self._say(f"{programs.name(key)} cannot be run compiled: {compiled.reason_of(error)}")
+        programs.examples.clear()
+        if not any(program.compiled for program in programs):
             return None
         seconds = time.monotonic() - began if missing else 0.0
         return replace(made, compile_seconds=seconds, cached=not missing)
@@ -285,27 +307,30 @@ class _Calibration:
         kinds = Counter((p.configuration.loss.structure, p.configuration.optimizer.structure) for p in self.ahead.plans)
         shares = [-(-count // course.workers) for count in kinds.values()]
         most = max(1, min(self.rows, max(shares)))
-        # Rows that fill up a last chunk are computed for nothing.
-        return min(
-            range(most, most // 2, -1), key=lambda rows: sum(-(-count // rows) * rows for count in kinds.values())
-        )
+        seeds = len({plan.seed for plan in self.ahead.plans})
+
+        def price(rows: int) -> tuple[int, int]:
+            # Rows that fill up a last chunk are computed for nothing; those of one seed share their mini-batch.
+            filled = sum(-(-count // rows) * rows for count in kinds.values())
+            return filled, sum(count % (rows * seeds) != 0 for count in kinds.values())
+
+        return min(range(most, most // 2, -1), key=price)
 
     def _prepared(self, course: Course) -> Course:
         """With the programs of every kind of pack that there is, which forked workers then have from the beginning."""
-        seen = set()
+        assert course.programs is not None
+        kinds: dict[Any, list[Pack]] = {}
         for pack in self.ahead.packs(course):
             own = [self.ahead.plans[i] for i in pack.trials]
-            if engines.of_trial(course.engine, own[0]) == "sequential":
-                continue
-            structures = tuple(sorted({repr(plan.configuration.optimizer.structure) for plan in own}))
-            one_seed = len({plan.seed for plan in own}) == 1
-            filled = -(-len(own) // course.chunk) * course.chunk if course.chunk else len(own)
-            kind = own[0].configuration.loss.structure, structures, one_seed, filled
-            if kind not in seen:
-                seen.add(kind)
-                population = self.ahead.trained(course, pack)
-                assert isinstance(population, Population)
-                population.prepare()
+            if engines.of_trial(course.engine, own[0]) != "sequential":
+                kinds.setdefault(_kind(own, course.chunk), []).append(pack)
+        total = sum(map(len, kinds.values()))
+        for alike in sorted(kinds.values(), key=len, reverse=True):
+            population = self.ahead.trained(course, alike[0])
+            assert isinstance(population, Population)
+            population.prepare()
+            if len(alike) < RARE * total:
+                break  # what only such packs need is left to the workers
         return course
 
     def _say(self, reason: str) -> None:
@@ -313,6 +338,16 @@ class _Calibration:
         note = f"not compiled: {reason}"
         if note not in self.notes:
             self.notes.append(note)
+
+
+def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:
+    """Packs with the same need the same programs."""
+    ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
+    size = chunk or len(plans)
+    parts = [ordered[start : start + size] for start in range(0, len(plans), size)]
+    one_seed = all(len({plan.seed for plan in part}) == 1 for part in parts)
+    structures = tuple(sorted(Counter(repr(plan.configuration.optimizer.structure) for plan in plans).items()))
+    return plans[0].configuration.loss.structure, one_seed, chunk or structures, frozenset(dict(structures))
 
 
 def rows_in_cache(task: Task, device: torch.device) -> int:
@@ -372,16 +407,19 @@ def _measured(ahead: Ahead, course: Course) -> float | None:
 
 def _seconds_per_trial_step(ahead: Ahead, course: Course, pack: Pack) -> float:
     trained = ahead.trained(course, pack)
-    trained.train_steps(min(2, ahead.steps))
-    count, spent, seconds = 1, 0.0, []
-    while spent < SECONDS_MEASURED:
+
+    def seconds(count: int) -> float:
         began = time.perf_counter()
         trained.train_steps(count)
-        taken = time.perf_counter() - began
-        spent += taken
-        seconds.append(taken / count)
-        count = min(8, 2 * count)
-    return statistics.median(seconds) / len(pack.trials)
+        return (time.perf_counter() - began) / count
+
+    seconds(min(2, ahead.steps))
+    count = max(1, min(16, int(SECONDS_MEASURED / 5 / seconds(1))))
+    ends = time.perf_counter() + SECONDS_MEASURED
+    found = [seconds(count)]
+    while time.perf_counter() < ends:
+        found.append(seconds(count))
+    return statistics.median(found) / len(pack.trials)
 
 
 def _side_by_side(functions: Sequence[Callable[[], float]]) -> list[float]:

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 
 
+class NotCaptured(RuntimeError):
+    """A function could not be captured; nothing was computed."""
+
+
 class Captured:
     """A function of tensors that is captured at its second call, and replayed from then on.
 
     Args:
         function: takes a list of tensors and returns one; whatever else it touches must stay where it is.
+
+    Raises:
+        NotCaptured: at the second call.
     """
 
     def __init__(self, function: Callable[[list[Tensor]], Tensor]) -> None:
@@ -33,8 +40,13 @@ class Captured:
             own.copy_(given)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.output = self.function(self.inputs)
+            try:
+                with torch.cuda.graph(graph):
+                    self.output = self.function(self.inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NotCaptured(str(error)) from error
             self.graph = graph
         self.graph.replay()
         assert self.output is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fallline.optim import Optimizer, State
-from fallline.sweeps.captured import Captured
+from fallline.sweeps.captured import Captured, NotCaptured
 from fallline.sweeps.programs import Part, Programs, Run
 from fallline.sweeps.stacked import Batch, Named, Stacked, leaves, mapped_tree, on_flat_list
 from fallline.training.batches import BatchOrder
@@ -42,7 +42,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are computed together, as views of the population's tensors; `slopes` holds their gradients."""
+    """Rows that are computed together, as views of the population's tensors; `slopes` holds their gradients.
+
+    `seeds` [row] counts the population's seeds; `seed` is the only one, where there is one.
+    """
 
     start: int
     stop: int
@@ -56,6 +59,7 @@ class Chunk:
     loss_numbers: Named
     families: tuple[Family, ...]
     seeds: Tensor
+    seed: int | None
     calls: dict[Hashable, Call] = field(default_factory=dict)
 
     @property
@@ -109,9 +113,7 @@ class Steps:
             captured = self._captured[id(chunk), key] = Captured(compute)
         try:
             return captured([batch.x, batch.y, *batch.noise])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # something in the model cannot be captured, and is run
+        except NotCaptured:  # something in the model, which is run
             self._captures = False
             return self._computed(chunk, batch, step)
 
@@ -125,9 +127,23 @@ class Steps:
         run, tensors = self._differentiation(chunk, batch)
         (recorded,) = run([*tensors, batch.x, batch.y, *batch.noise])
         for family in chunk.families:
+            self._update(chunk, family, step, batch)
+        return recorded
+
+    def _update(self, chunk: Chunk, family: Family, step: int, batch: Batch) -> None:
+        """The update of a family's rows, or of one half after the other where all do not fit into the memory.
+
+        It is not left to the whole step to be made again: the families before this one have moved.
+        """
+        try:
             run, tensors = self._updating(chunk, family, step, batch)
             run(tensors)
-        return recorded
+        except torch.OutOfMemoryError:
+            if family.stop - family.start == 1:
+                raise
+            middle = (family.start + family.stop) // 2
+            for half in (family.rows(family.start, middle), family.rows(middle, family.stop)):
+                self._update(chunk, half, step, batch)
 
     def _differentiation(self, chunk: Chunk, batch: Batch) -> Call:
         """The first part of a step of some rows; what it still takes is the mini-batch."""
@@ -163,7 +179,7 @@ class Steps:
         phase = optimizer.phase(step)
         surveyed = batch.rows(own) if optimizer.surveys(step) else None
         seen = None if surveyed is None else (surveyed.dim, surveyed.x.shape)
-        key = family.start, masked, phase, seen
+        key = family.start, family.stop, masked, phase, seen
         call = chunk.calls.get(key)
         if call is None:
             if optimizer.elementwise:

@@ -164,8 +164,18 @@ def _loaded(path: Path) -> Run:
     from torch._inductor import aoti_load_package
 
     model: Any = aoti_load_package(str(path))
-    run: Run = getattr(getattr(model, "loader", None), "run", None) or (lambda tensors: model(*tensors))
-    return lambda tensors: run(list(tensors))
+    program = getattr(getattr(model, "loader", None), "run", None) or (lambda tensors: model(*tensors))
+
+    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        try:
+            found: Sequence[Tensor] = program(list(tensors))
+        except RuntimeError as error:
+            if "out of memory" in str(error):  # said by the program's own words only
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+        return found
+
+    return run
 
 
 @contextlib.contextmanager

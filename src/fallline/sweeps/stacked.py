@@ -106,9 +106,15 @@ class Stacked:
             at = {name: p.detach().requires_grad_() for name, p in params.items()}
             dims = (0, batch.dims_of_constants, batch.dim, batch.dim, 0, batch.dim)
             mapped = vmap(loss, in_dims=dims, randomness="error")
-            losses = mapped(at, batch.all_constants, batch.x, batch.y, batch.loss_numbers, batch.noise)
+            # What does not fit into the memory is made again, so nothing is changed before everything is computed.
+            own = {name: tensor.clone() for name, tensor in batch.constants.items()}
+            losses = mapped(at, {**own, **batch.shared}, batch.x, batch.y, batch.loss_numbers, batch.noise)
             # Rows do not meet, so the gradient of the sum holds each row's own gradient.
-            return losses.detach(), gradients(losses.sum(), at)
+            found = gradients(losses.sum(), at)
+        with torch.no_grad():
+            for name, tensor in batch.constants.items():
+                tensor.copy_(own[name])
+        return losses.detach(), found
 
     def differentiate(self, params: Named, slopes: Named, alive: Tensor, batch: Batch) -> Tensor:
         """The first part: writes the gradients to `slopes`; returns the losses [row] as they are recorded.

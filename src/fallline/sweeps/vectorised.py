@@ -219,7 +219,7 @@ class Population:
     def losses_and_gradients(self) -> tuple[Tensor, Named]:
         """Of every trial on its mini-batch of this step: losses [row] and gradients [row, *shape]."""
         (index,) = self._indices(1)
-        whole = self._chunk(0, len(self._flat))
+        (whole,) = self._chunks
         noise = self._example_of_noise(index.shape[1])
         return self.stacked.losses_and_gradients(whole.params, self._batch(index, whole, noise))
 
@@ -321,6 +321,8 @@ class Population:
             always_masked=self.device.type != "cpu" or self.chunk is not None,
         )
         size = self.chunk or len(self._flat) or 1
+        parts = [self.seeds[start : start + size] for start in range(0, len(self.seeds), size)]
+        self._one_seed_each = all(len(set(part)) == 1 for part in parts)
         self._chunks = [
             self._chunk(start, min(start + size, len(self._flat))) for start in range(0, len(self._flat), size)
         ]
@@ -337,8 +339,21 @@ class Population:
         numbers = {name: tensor[rows] for name, tensor in self.loss_numbers.items()}
         params, own_slopes = self.layout.views(flat), self.layout.views(slopes)
         alive, seeds = self._alive[rows], self._seed_of_row[rows]
+        seed = list(self.orders).index(self.seeds[start]) if self._one_seed_each else None
         return Chunk(
-            start, stop, params, own_slopes, flat, slopes, alive, constants, self.shared, numbers, families, seeds
+            start,
+            stop,
+            params,
+            own_slopes,
+            flat,
+            slopes,
+            alive,
+            constants,
+            self.shared,
+            numbers,
+            families,
+            seeds,
+            seed,
         )
 
     def _indices(self, count: int) -> list[Tensor]:
@@ -364,11 +379,11 @@ class Population:
         return values
 
     def _batch(self, index: Tensor, chunk: Chunk, noise: list[Tensor]) -> Batch:
-        """The mini-batches of some rows, and their random numbers; one for all where there is one seed."""
+        """The mini-batches of some rows, and their random numbers; one for all where they have one seed."""
         own = chunk.constants, chunk.shared, chunk.loss_numbers, self._draws.get(index.shape[1], ())
-        if len(index) == 1:
-            x, y = (data.index_select(0, index[0]) for data in self.train)
-            return Batch(None, x, y, *own, tuple(value[0] for value in noise))
+        if chunk.seed is not None:
+            x, y = (data.index_select(0, index[chunk.seed]) for data in self.train)
+            return Batch(None, x, y, *own, tuple(value[chunk.seed] for value in noise))
         chosen = index[chunk.seeds]
         x, y = (data.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) for data in self.train)
         return Batch(0, x, y, *own, tuple(value.index_select(0, chunk.seeds) for value in noise))

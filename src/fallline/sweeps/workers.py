@@ -47,7 +47,7 @@ def worker_count(workers: int | str, *, device: torch.device) -> int:
         raise InvalidSweep(f"workers = {workers!r} is neither 'auto' nor a whole number of at least 1.")
     if not can_fork(device):
         return 1
-    return workers if isinstance(workers, int) else _cores()
+    return workers if isinstance(workers, int) else cores()
 
 
 def train_packs(
@@ -243,5 +243,5 @@ def can_fork(device: torch.device) -> bool:
     )
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
