@@ -277,3 +277,20 @@ def test_no_update_is_made_twice_where_a_later_one_does_not_fit(expected: Found,
     made = population(task(), plans(task()), None)
     assert_equal(trained(made), expected)
     assert max(tried) > 2
+
+
+def test_rows_of_one_seed_lie_together_and_share_their_mini_batch(monkeypatch: pytest.MonkeyPatch):
+    own = task()
+    chosen = plans(own, [fl.optim.sgd(lr=fl.grid([0.01, 0.1]), momentum=0.9)])
+    seen: list[tuple[int | None, torch.Size]] = []
+    original = Stacked.differentiate
+
+    def noted(self: Stacked, params: Any, slopes: Any, alive: Any, batch: stacked.Batch) -> torch.Tensor:
+        seen.append((batch.dim, batch.x.shape))
+        return original(self, params, slopes, alive, batch)
+
+    monkeypatch.setattr(Stacked, "differentiate", noted)
+    by_chunk = {chunk: trained(population(own, chosen, chunk)) for chunk in (2, 4)}
+    assert {shape[0] for dim, shape in seen if dim is None} == {8, 2}, "one mini-batch for both trials of a seed"
+    assert {dim for dim, _ in seen} == {None, 0}, "four rows are of two seeds"
+    assert_equal(by_chunk[2], by_chunk[4])

@@ -34,7 +34,7 @@ from fallline.training.progress import Progress
 # for two, longer for more).
 WORTH_TRACING = 5.0
 WORTH_LOADING = 3.0
-WORTH_COMPILING = 20.0
+WORTH_COMPILING = 15.0
 SECONDS_TO_COMPILE_MORE = 5.0
 # Programs that are needed by a smaller share of the packs are made when they are needed.
 RARE = 0.1
@@ -342,7 +342,7 @@ class _Calibration:
 
 def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:
     """Packs with the same need the same programs."""
-    ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
+    ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.seed, plan.index))
     size = chunk or len(plans)
     parts = [ordered[start : start + size] for start in range(0, len(plans), size)]
     one_seed = all(len({plan.seed for plan in part}) == 1 for part in parts)
@@ -359,7 +359,7 @@ def rows_in_cache(task: Task, device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return max(1, min(4096, int(0.6 * free / (2 * row))))
-    return int(min(1024, max(8, 2 ** int(math.log2(max(1.0, 8 * _cache() / row))))))
+    return int(min(1024, max(8, 2 ** int(math.log2(max(1.0, 4 * _cache() / row))))))
 
 
 def _bytes_of_a_trial(task: Task) -> int:
@@ -376,7 +376,9 @@ def _bytes_of_a_trial(task: Task) -> int:
         held = task.loss(module(x), y)
     own = {p.data_ptr(): p.numel() * p.element_size() for p in module.parameters()}
     del held
-    return 4 * sum(own.values()) + 2 * sum(size for place, size in kept.items() if place not in own)
+    # Trials of one seed share their mini-batch, and all of them what is no parameter.
+    known = {*own, x.data_ptr(), y.data_ptr(), *(buffer.data_ptr() for buffer in module.buffers())}
+    return 4 * sum(own.values()) + 2 * sum(size for place, size in kept.items() if place not in known)
 
 
 def _cache() -> int:

@@ -90,7 +90,7 @@ class Population:
         self.device = device
         self.step = 0
         self.chunk = chunk
-        ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.index))
+        ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.seed, plan.index))
         self.rows = np.array([plan.index for plan in ordered])
         self.train = (task.train.x.to(device), task.train.y.to(device))
         self.validation = (task.validation.x.to(device), task.validation.y.to(device))
