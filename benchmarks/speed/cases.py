@@ -23,7 +23,7 @@ from fallline.sweeps.search import TrialPlan
 from fallline.sweeps.sweep import default_optimizers
 from fallline.tasks import Task
 
-FEWEST_STEPS, MOST_STEPS = 20, 2000
+FEWEST_STEPS, MOST_STEPS = 20, 4000
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def test_rows_in_the_cache_are_those_that_fit(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(calibration, "_cache", lambda cache=cache: cache)
         rows = rows_in_cache(task, CPU)
         assert rows in (8, 16, 32, 64, 128, 256, 512, 1024)
-        assert rows == 8 or rows * found <= 8 * cache < 2 * rows * found
+        assert rows == 8 or rows * found <= 4 * cache < 2 * rows * found
     assert rows > 8
     assert rows_in_cache(wide(5000, 64), CPU) == 8
     monkeypatch.setattr(calibration, "_cache", lambda: 2**30)

@@ -294,3 +294,21 @@ def test_rows_of_one_seed_lie_together_and_share_their_mini_batch(monkeypatch: p
     assert {shape[0] for dim, shape in seen if dim is None} == {8, 2}, "one mini-batch for both trials of a seed"
     assert {dim for dim, _ in seen} == {None, 0}, "four rows are of two seeds"
     assert_equal(by_chunk[2], by_chunk[4])
+
+
+def test_chunks_of_one_seed_each_leave_as_a_whole():
+    """Their programs are for one mini-batch; rows of two seeds would need others."""
+    own = task()
+    of_two = plans(own, [fl.optim.sgd(lr=fl.grid([0.1, 1e308]))])
+    chosen = [plan for plan in of_two if (plan.seed == 1) <= (plan.configuration.settings["lr"] == 1e308)]
+    chosen += [TrialPlan(9, chosen[-1].configuration, 1)]
+    programs = Programs()
+    made = population(own, chosen, 2, programs)
+    assert made.seeds == [0, 0, 1, 1, 2, 2]
+    made.train_steps(6)
+    keys = set(programs.by_key)
+    made.compact()
+    assert made.seeds == [0, 0, 2, 2], "of seed 1 nothing was left, of the others one trial each"
+    assert made.alive.tolist() == [True, False, True, False]
+    assert np.isfinite(made.train_steps(6)).any(axis=1).tolist() == [True, False, True, False]
+    assert set(programs.by_key) == keys

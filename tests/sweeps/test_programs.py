@@ -55,7 +55,7 @@ def assign(tensor: Tensor, where: Any, value: float) -> None:
 
 
 WRONG = {
-    "the loss of a row": lambda tensors, losses: losses[1].mul_(1.05),
+    "the loss of a row": lambda tensors, losses: losses[1].mul_(1.0001),
     "a loss that is NaN": lambda tensors, losses: losses[2].fill_(torch.nan),
     "a loss that is infinite": lambda tensors, losses: losses[2].fill_(torch.inf),
     "losses in another order": lambda tensors, losses: losses.copy_(losses.flip(0)),
@@ -196,7 +196,7 @@ def test_each_phase_and_masking_have_programs_of_their_own():
     for chunk in (None, 2):
         runs = [population(each, chunk=chunk, **chosen) for each in (programs, None)]
         found, expected = (run.train_steps(12) for run in runs)
-        assert np.isfinite(expected).all(axis=1).tolist() == [True, True, False, False]
+        assert np.isfinite(expected).all(axis=1).tolist() == [True, False, True, False]
         np.testing.assert_allclose(found, expected, rtol=1e-11)
         torch.testing.assert_close(runs[0].parameters(0), runs[1].parameters(0), rtol=1e-11, atol=1e-11)
     phases = {(key[3], key[5]) for key in programs.by_key if key[0] == "update"}

@@ -314,7 +314,7 @@ class _Calibration:
             filled = sum(-(-count // rows) * rows for count in kinds.values())
             return filled, sum(count % (rows * seeds) != 0 for count in kinds.values())
 
-        return min(range(most, most // 2, -1), key=price)
+        return min(range(most, most * 2 // 3, -1), key=price)
 
     def _prepared(self, course: Course) -> Course:
         """With the programs of every kind of pack that there is, which forked workers then have from the beginning."""

@@ -43,6 +43,8 @@ LARGEST_FAMILY = 2**19
 EVALUATION_CHUNK = 512
 # So many steps are made of one chunk of rows before the next one's turn: its parameters stay in the cache.
 STEPS_IN_A_ROW = 32
+# And where a new size needs new programs, when they spare at least so many steps of a row.
+ROW_STEPS_OF_A_PROGRAM = 20_000
 # Without programs for a fixed number of rows, a population may have any; traced ones are made for multiples of this.
 ROWS_OF_A_PROGRAM = 8
 
@@ -111,6 +113,10 @@ class Population:
         self._alive[len(self.rows) :] = False
         self.loss_numbers = self._numbers_that_differ([plan.configuration.loss for plan in ordered])
         self.families = self._make_families([plan.configuration.optimizer for plan in ordered])
+        size = chunk or len(self.seeds)
+        parts = [self.seeds[start : start + size] for start in range(0, len(self.seeds), size)]
+        # That stays so: programs for one mini-batch and for several are not the same.
+        self._one_seed_each = all(len(set(part)) == 1 for part in parts)
         self._lay_out()
 
     @property
@@ -171,12 +177,21 @@ class Population:
     def compact(self) -> None:
         """Lets diverged trials leave, so that they stop costing, once there are enough of them to be worth it."""
         alive = self.alive
-        if alive.all() or not alive.any():
-            if not alive.any():
-                self._keep(np.flatnonzero(alive))
+        if not alive.any():
+            self._keep(np.flatnonzero(alive))
             return
-        after = -(-int(alive.sum()) // self._multiple) * self._multiple
-        if after < len(self._flat) and len(self._flat) - after >= WORTH_COMPACTING * len(self._flat):
+        if self.chunk is not None and self._one_seed_each and len(self.orders) > 1:
+            # Whole chunks leave, so that each still has one seed.
+            under_way = alive.copy()
+            for start in range(0, len(alive), self.chunk):
+                under_way[start : start + self.chunk] = alive[start : start + self.chunk].any()
+            if not under_way.all():
+                self._keep(np.flatnonzero(under_way))
+            return
+        gone = len(self._flat) - -(-int(alive.sum()) // self._multiple) * self._multiple
+        renewed = self.programs is not None and self.chunk is None
+        enough = ROW_STEPS_OF_A_PROGRAM if renewed else 0
+        if gone and gone >= WORTH_COMPACTING * len(self._flat) and gone * (self.steps - self.step) >= enough:
             self._keep(np.flatnonzero(alive))
 
     def parameters(self, row: int) -> Named:
@@ -321,8 +336,6 @@ class Population:
             always_masked=self.device.type != "cpu" or self.chunk is not None,
         )
         size = self.chunk or len(self._flat) or 1
-        parts = [self.seeds[start : start + size] for start in range(0, len(self.seeds), size)]
-        self._one_seed_each = all(len(set(part)) == 1 for part in parts)
         self._chunks = [
             self._chunk(start, min(start + size, len(self._flat))) for start in range(0, len(self._flat), size)
         ]
