@@ -36,7 +36,7 @@ WORTH_TRACING = 5.0
 WORTH_LOADING = 3.0
 WORTH_COMPILING = 15.0
 SECONDS_TO_COMPILE_MORE = 5.0
-# Programs that are needed by a smaller share of the packs are made when they are needed.
+# Programs of packs that are so much rarer than the most frequent kind are made when they are needed.
 RARE = 0.1
 # How long each way of training is measured.
 SECONDS_MEASURED = 0.15
@@ -324,13 +324,13 @@ class _Calibration:
             own = [self.ahead.plans[i] for i in pack.trials]
             if engines.of_trial(course.engine, own[0]) != "sequential":
                 kinds.setdefault(_kind(own, course.chunk), []).append(pack)
-        total = sum(map(len, kinds.values()))
+        most = max(map(len, kinds.values()), default=0)
         for alike in sorted(kinds.values(), key=len, reverse=True):
+            if len(alike) < RARE * most:
+                break  # what only such packs need is left to the workers
             population = self.ahead.trained(course, alike[0])
             assert isinstance(population, Population)
             population.prepare()
-            if len(alike) < RARE * total:
-                break  # what only such packs need is left to the workers
         return course
 
     def _say(self, reason: str) -> None:
