@@ -25,7 +25,7 @@ from fallline.sweeps import compiled, engines, packs, workers
 from fallline.sweeps.packs import Pack
 from fallline.sweeps.programs import Programs, Run
 from fallline.sweeps.search import TrialPlan
-from fallline.sweeps.vectorised import Population
+from fallline.sweeps.vectorised import Population, in_order, one_seed_each
 from fallline.tasks import Task
 from fallline.training.progress import Progress
 
@@ -130,13 +130,10 @@ class Ahead:
 
     def trained(self, course: Course, pack: Pack) -> engines.Trained:
         """The trials of a pack at step 0."""
-        own = [self.plans[i] for i in pack.trials]
-        task = self.task.with_loss(own[0].configuration.loss)
-        engine = engines.of_trial(course.engine, own[0])
         return engines.start(
-            engine,
-            task,
-            own,
+            course.engine,
+            self.task,
+            [self.plans[i] for i in pack.trials],
             steps=self.steps,
             device=self.device,
             programs=course.programs,
@@ -342,10 +339,7 @@ class _Calibration:
 
 def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:
     """Packs with the same need the same programs."""
-    ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.seed, plan.index))
-    size = chunk or len(plans)
-    parts = [ordered[start : start + size] for start in range(0, len(plans), size)]
-    one_seed = all(len({plan.seed for plan in part}) == 1 for part in parts)
+    one_seed = one_seed_each([plan.seed for plan in in_order(plans)], chunk)
     structures = tuple(sorted(Counter(repr(plan.configuration.optimizer.structure) for plan in plans).items()))
     return plans[0].configuration.loss.structure, one_seed, chunk or structures, frozenset(dict(structures))
 
@@ -392,9 +386,11 @@ def _cache() -> int:
 
 def _measured(ahead: Ahead, course: Course) -> float | None:
     """Microseconds per trial-step, all processes taken together; None where it fails."""
-    made = [pack for pack in ahead.packs(course) if engines.of_trial("", ahead.plans[pack.trials[0]]) != "sequential"]
-    if course.engine == "sequential":
-        made = ahead.packs(course)
+    made = [
+        pack
+        for pack in ahead.packs(course)
+        if engines.of_trial(course.engine, ahead.plans[pack.trials[0]]) == course.engine
+    ]
     if not made:
         return None
     own = [made[i % len(made)] for i in range(course.workers)]
@@ -426,7 +422,6 @@ def _seconds_per_trial_step(ahead: Ahead, course: Course, pack: Pack) -> float:
 
 def _side_by_side(functions: Sequence[Callable[[], float]]) -> list[float]:
     """What the functions return, each run in a forked process, as a worker would be, at the same time."""
-    context = multiprocessing.get_context("fork")
 
     def run(function: Callable[[], float], connection: Any) -> None:
         workers.use_one_thread()
@@ -438,19 +433,9 @@ def _side_by_side(functions: Sequence[Callable[[], float]]) -> list[float]:
     with contextlib.ExitStack() as stack:
         pipes = []
         for function in functions:
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=run, args=(function, there), daemon=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: see `workers`
-                process.start()
+            here, there = multiprocessing.Pipe(duplex=False)
+            process = workers.forked(run, function, there)
             there.close()
-            stack.callback(_end, process)
+            stack.callback(workers.end, process)
             pipes.append(here)
         return [float(pipe.recv()) for pipe in pipes]
-
-
-def _end(process: Any) -> None:
-    process.join(timeout=0.1)
-    if process.is_alive():
-        process.kill()
-        process.join()

@@ -44,7 +44,8 @@ class Family:
 class Chunk:
     """Rows that are computed together, as views of the population's tensors; `slopes` holds their gradients.
 
-    `seeds` [row] counts the population's seeds; `seed` is the only one, where there is one.
+    `seeds` [row] counts the population's seeds; `seed` is the only one, where there is one. `calls` are the parts of a
+    step that were made so far; `captured`, on a GPU, whole steps, one for each shape of mini-batch and each phase.
     """
 
     start: int
@@ -61,6 +62,7 @@ class Chunk:
     seeds: Tensor
     seed: int | None
     calls: dict[Hashable, Call] = field(default_factory=dict)
+    captured: dict[Hashable, Captured] = field(default_factory=dict)
 
     @property
     def rows(self) -> slice:
@@ -94,23 +96,21 @@ class Steps:
         self.loss_key = loss_key
         self.order = order
         self._always_masked = always_masked
-        # Of a step on a GPU, a graph for each chunk of rows, each shape of mini-batch and each phase.
         self._captures = device.type == "cuda" and programs is not None
-        self._captured: dict[Hashable, Captured] = {}
 
     def step(self, chunk: Chunk, batch: Batch, step: int) -> Tensor:
         """One step of some rows; their losses as they are recorded."""
         if not self._captures:
             return self._computed(chunk, batch, step)
-        key = "captured", batch.dim, batch.x.shape, tuple(family.optimizer.phase(step) for family in chunk.families)
-        captured = self._captured.get((id(chunk), key))
+        key = batch.dim, batch.x.shape, tuple(family.optimizer.phase(step) for family in chunk.families)
+        captured = chunk.captured.get(key)
         if captured is None:
 
             def compute(inputs: list[Tensor]) -> Tensor:
                 own = replace(batch, x=inputs[0], y=inputs[1], noise=tuple(inputs[2:]))
                 return self._computed(chunk, own, step)
 
-            captured = self._captured[id(chunk), key] = Captured(compute)
+            captured = chunk.captured[key] = Captured(compute)
         try:
             return captured([batch.x, batch.y, *batch.noise])
         except NotCaptured:  # something in the model, which is run

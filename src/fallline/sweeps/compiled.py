@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from fallline.sweeps.programs import Run, copy_of
+from fallline.sweeps.workers import cores, forked
 
 # Of the cache; the files that were used longest ago go first.
 LARGEST_CACHE = 2**29
@@ -110,11 +111,10 @@ def compile_all(sources: Mapping[Any, Source], *, side_by_side: bool) -> Iterato
         return
     _prune(folder)
     waiting = deque(sources.items())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     with contextlib.ExitStack() as stack:
         under_way: deque[tuple[Any, Source, Callable[[], None]]] = deque()
         while waiting or under_way:
-            while waiting and len(under_way) < cores:
+            while waiting and len(under_way) < cores():
                 name, source = waiting.popleft()
                 wait = stack.enter_context(_compiling(source)) if side_by_side else partial(_compile, source)
                 under_way.append((name, source, wait))
@@ -181,12 +181,8 @@ def _loaded(path: Path) -> Run:
 @contextlib.contextmanager
 def _compiling(source: Source) -> Any:
     """A process that compiles; yields what waits for it."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_in_child, args=(source, there))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: see `workers`
-        process.start()
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = forked(_in_child, source, there, daemon=False)
     there.close()
 
     def wait() -> None:

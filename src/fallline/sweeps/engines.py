@@ -106,13 +106,14 @@ def start(
     programs: Programs | None = None,
     chunk: int | None = None,
 ) -> Trained:
-    """The trials of a pack at step 0, in the engine of that name.
+    """The trials of a pack at step 0, under their own loss, in the engine of that name or, if need be, one by one.
 
     Args:
         programs: where the programs of a step are kept, for the next pack of the same shape too; None makes none.
         chunk: how many rows of a population are computed together; by default all of them.
     """
-    if engine == "sequential":
+    task = task.with_loss(plans[0].configuration.loss)
+    if of_trial(engine, plans[0]) == "sequential":
         return Alone(task, plans, steps=steps, device=device)
     return Population(task, plans, steps=steps, device=device, programs=programs, chunk=chunk)
 

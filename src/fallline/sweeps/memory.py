@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -29,8 +28,7 @@ from torch import Tensor
 
 from fallline.sweeps import engines
 from fallline.sweeps.packs import SECONDS_BETWEEN_CHECKPOINTS, Job, Pack
-from fallline.sweeps.search import TrialPlan
-from fallline.sweeps.workers import use_one_thread
+from fallline.sweeps.workers import forked, use_one_thread
 
 # Where Linux tells what processes take.
 PROC = Path("/proc")
@@ -142,13 +140,9 @@ def _can_rehearse() -> bool:
 
 def _in_a_process(job: Job, pack: Pack, *, as_worker: bool) -> int | None:
     """What a rehearsal took for itself, or None if it could not tell."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_rehearse, args=(there, job, pack, as_worker), daemon=True)
+    here, there = multiprocessing.Pipe(duplex=False)
     found: int | None = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, as for workers
-        process.start()
+    process = forked(_rehearse, there, job, pack, as_worker)
     there.close()
     ends = time.monotonic() + SECONDS_TO_REHEARSE
     try:
@@ -180,11 +174,15 @@ def _rehearse(connection: Connection, job: Job, pack: Pack, as_worker: bool) -> 
 
 def _rehearsal(job: Job, pack: Pack) -> Iterator[int]:
     """Builds a pack, takes steps, evaluates; yields at each stage what its checkpoints will take, if there are any."""
-    plans: list[TrialPlan] = [job.plans[i] for i in pack.trials]
-    task = job.task.with_loss(plans[0].configuration.loss).check()
-    engine = engines.of_trial(job.engine, plans[0])
+    plans = [job.plans[i] for i in pack.trials]
     trained = engines.start(
-        engine, task, plans, steps=job.steps, device=job.device, programs=job.programs, chunk=job.chunk
+        job.engine,
+        job.task.check(),
+        plans,
+        steps=job.steps,
+        device=job.device,
+        programs=job.programs,
+        chunk=job.chunk,
     )
     yield 0
     seconds = 0.0

@@ -137,10 +137,8 @@ def train_pack(job: Job, pack: Pack, stop: Callable[[], bool]) -> Iterator[Block
         stop: asked every moment; True writes a checkpoint, in the middle of a block too, and ends.
     """
     plans = [job.plans[i] for i in pack.trials]
-    task = job.task.with_loss(plans[0].configuration.loss)
-    engine = engines.of_trial(job.engine, plans[0])
     population = engines.start(
-        engine, task, plans, steps=job.steps, device=job.device, programs=job.programs, chunk=job.chunk
+        job.engine, job.task, plans, steps=job.steps, device=job.device, programs=job.programs, chunk=job.chunk
     )
     place = job.folder / "packs" / f"{pack.index:05d}"
     block = _restored(population, place)

@@ -49,16 +49,6 @@ class Batch:
     draws: tuple[Draw, ...] = ()
     noise: tuple[Tensor, ...] = ()
 
-    @property
-    def all_constants(self) -> Named:
-        """Those of each trial, and those of all."""
-        return {**self.constants, **self.shared}
-
-    @property
-    def dims_of_constants(self) -> dict[str, int | None]:
-        """The dimension of each that holds the trial."""
-        return {**dict.fromkeys(self.constants, 0), **dict.fromkeys(self.shared)}
-
     def rows(self, rows: slice) -> Batch:
         """The same for some of the trials."""
         x, y, *noise = (each if self.dim is None else each[rows] for each in (self.x, self.y, *self.noise))
@@ -104,11 +94,11 @@ class Stacked:
 
         with torch.enable_grad():
             at = {name: p.detach().requires_grad_() for name, p in params.items()}
-            dims = (0, batch.dims_of_constants, batch.dim, batch.dim, 0, batch.dim)
-            mapped = vmap(loss, in_dims=dims, randomness="error")
             # What does not fit into the memory is made again, so nothing is changed before everything is computed.
             own = {name: tensor.clone() for name, tensor in batch.constants.items()}
-            losses = mapped(at, {**own, **batch.shared}, batch.x, batch.y, batch.loss_numbers, batch.noise)
+            constants, dims = with_dims(own, batch.shared)
+            mapped = vmap(loss, in_dims=(0, dims, batch.dim, batch.dim, 0, batch.dim), randomness="error")
+            losses = mapped(at, constants, batch.x, batch.y, batch.loss_numbers, batch.noise)
             # Rows do not meet, so the gradient of the sum holds each row's own gradient.
             found = gradients(losses.sum(), at)
         with torch.no_grad():
@@ -198,8 +188,9 @@ class Stacked:
             seen: tuple[Any, ...] = ({}, {}, None, None)
             dims: tuple[Any, ...] = (0, 0, None, None)
         else:
-            seen = batch.all_constants, batch.loss_numbers, batch.x, batch.y
-            dims = batch.dims_of_constants, 0, batch.dim, batch.dim
+            constants, of_constants = with_dims(batch.constants, batch.shared)
+            seen = constants, batch.loss_numbers, batch.x, batch.y
+            dims = of_constants, 0, batch.dim, batch.dim
         updates, new, left = vmap(rule, in_dims=(0, 0, 0, 0, *dims))(grads, state, params, squeezed, *seen)
         if batch is not None:
             for name, tensor in batch.constants.items():
@@ -233,6 +224,11 @@ class Stacked:
             return tensor.clone(memory_format=torch.contiguous_format)
 
         return cast(State, mapped_tree(state, own_memory))
+
+
+def with_dims(constants: Named, shared: Named) -> tuple[Named, dict[str, int | None]]:
+    """The constants of each trial and those of all, and the dimension of each that holds the trial."""
+    return {**constants, **shared}, {**dict.fromkeys(constants, 0), **dict.fromkeys(shared)}
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ from fallline.sweeps.draws import Streams
 from fallline.sweeps.models import stacked_models
 from fallline.sweeps.programs import Programs
 from fallline.sweeps.search import TrialPlan
-from fallline.sweeps.stacked import Batch, Named, Stacked, mapped_tree
+from fallline.sweeps.stacked import Batch, Named, Stacked, mapped_tree, with_dims
 from fallline.tasks import Task
 from fallline.training.batches import BatchOrder
 from fallline.training.step import joined
@@ -36,6 +36,8 @@ from fallline.training.step import joined
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # Diverged trials leave the population when they are at least this share of it: every new size has its price.
 WORTH_COMPACTING = 1 / 8
+# And where a new size needs new programs, when they spare at least so many steps of a row.
+ROW_STEPS_OF_A_PROGRAM = 20_000
 # Numbers that are updated together on a CPU where there are no chunks: what a rule computes on the way should stay in
 # the cache until it is used.
 LARGEST_FAMILY = 2**19
@@ -43,8 +45,6 @@ LARGEST_FAMILY = 2**19
 EVALUATION_CHUNK = 512
 # So many steps are made of one chunk of rows before the next one's turn: its parameters stay in the cache.
 STEPS_IN_A_ROW = 32
-# And where a new size needs new programs, when they spare at least so many steps of a row.
-ROW_STEPS_OF_A_PROGRAM = 20_000
 # Without programs for a fixed number of rows, a population may have any; traced ones are made for multiples of this.
 ROWS_OF_A_PROGRAM = 8
 
@@ -92,7 +92,7 @@ class Population:
         self.device = device
         self.step = 0
         self.chunk = chunk
-        ordered = sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.seed, plan.index))
+        ordered = in_order(plans)
         self.rows = np.array([plan.index for plan in ordered])
         self.train = (task.train.x.to(device), task.train.y.to(device))
         self.validation = (task.validation.x.to(device), task.validation.y.to(device))
@@ -113,10 +113,8 @@ class Population:
         self._alive[len(self.rows) :] = False
         self.loss_numbers = self._numbers_that_differ([plan.configuration.loss for plan in ordered])
         self.families = self._make_families([plan.configuration.optimizer for plan in ordered])
-        size = chunk or len(self.seeds)
-        parts = [self.seeds[start : start + size] for start in range(0, len(self.seeds), size)]
         # That stays so: programs for one mini-batch and for several are not the same.
-        self._one_seed_each = all(len(set(part)) == 1 for part in parts)
+        self._one_seed_each = one_seed_each(self.seeds, chunk)
         self._lay_out()
 
     @property
@@ -134,18 +132,15 @@ class Population:
             recorded = losses[:, begin : begin + in_a_row]
             indices = self._indices(recorded.shape[1])
             noise = [] if self.streams is None else self.streams.next(self._draws[indices[0].shape[1]])
-            waiting = list(reversed(self._chunks))
-            made = {id(chunk): 0 for chunk in waiting}
+            waiting = [(chunk, 0) for chunk in reversed(self._chunks)]
             while waiting:
-                chunk = waiting.pop()
-                for position in range(made[id(chunk)], len(indices)):
+                chunk, made = waiting.pop()
+                for position in range(made, len(indices)):
                     try:
                         batch = self._batch(indices[position], chunk, noise)
                         recorded[chunk.rows, position] = self._steps.step(chunk, batch, self.step + position)
                     except torch.OutOfMemoryError:
-                        halves = self._halve(chunk)
-                        made.update({id(half): position for half in halves})
-                        waiting.extend(reversed(halves))
+                        waiting.extend((half, position) for half in reversed(self._halve(chunk)))
                         break
             self.step += len(indices)
         return losses[: len(self.rows)].cpu().numpy()
@@ -254,8 +249,7 @@ class Population:
 
     def _evaluate(self, chunk: Chunk, flat: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.validation
-        constants = {**chunk.constants, **chunk.shared}
-        dims = {**dict.fromkeys(chunk.constants, 0), **dict.fromkeys(chunk.shared)}
+        constants, dims = with_dims(chunk.constants, chunk.shared)
         forward = vmap(self.stacked.program.predict, in_dims=(0, dims, None))
         params = self.layout.views(flat)
         prediction = joined([forward(params, constants, part) for part in x.split(EVALUATION_CHUNK)], dim=1)
@@ -325,7 +319,6 @@ class Population:
         position = {seed: i for i, seed in enumerate(self.orders)}
         self._seed_of_row = torch.tensor([position[seed] for seed in self.seeds], device=self.device)
         self._slopes = torch.zeros_like(self._flat)
-        shared = tuple((n, number) for n, number in self.task.loss.numbers.items() if n not in self.loss_numbers)
         shared = tuple((n, number) for n, number in self.task.loss.numbers.items() if n not in self.loss_numbers)
         self._steps = Steps(
             self.stacked,
@@ -433,6 +426,21 @@ class Population:
             families.append(Family(own[0], start, stop, numbers, state))
             start = stop
         return families
+
+
+def in_order(plans: Sequence[TrialPlan]) -> list[TrialPlan]:
+    """Trials as they lie in a population: one kind of optimizer after the other, those of one seed together."""
+    return sorted(plans, key=lambda plan: (repr(plan.configuration.optimizer.structure), plan.seed, plan.index))
+
+
+def one_seed_each(seeds: Sequence[int], chunk: int | None) -> bool:
+    """Whether the rows of every chunk have one seed.
+
+    >>> one_seed_each([0, 0, 1, 1], 2), one_seed_each([0, 0, 1, 1], None)
+    (True, False)
+    """
+    size = chunk or len(seeds)
+    return all(len(set(seeds[start : start + size])) == 1 for start in range(0, len(seeds), size))
 
 
 def _filled_up(count: int, multiple: int) -> list[int]:

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,35 @@ def use_one_thread() -> None:
 
 @contextlib.contextmanager
 def _worker(job: Job) -> Iterator[Connection]:
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(job, there, here, os.getpid()), daemon=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: see the module's docstring
-        process.start()
+    here, there = multiprocessing.Pipe()
+    process = forked(_work, job, there, here, os.getpid())
     there.close()
     try:
         yield here
     finally:
         here.close()
-        process.join(timeout=0.1)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        end(process)
+
+
+def forked(function: Callable[..., None], *arguments: Any, daemon: bool = True) -> BaseProcess:
+    """A forked process that runs the function, beside threads if there are any: see the module's docstring.
+
+    Args:
+        daemon: whether it ends with this process; then it may start none itself.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, daemon=daemon)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    return process
+
+
+def end(process: BaseProcess) -> None:
+    """Ends a process that has nothing more to say."""
+    process.join(timeout=0.1)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 def _work(job: Job, connection: Connection, parent_end: Connection, parent: int) -> None:
