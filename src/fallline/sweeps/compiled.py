@@ -38,6 +38,13 @@ LARGEST_CACHE = 2**29
 # What the compiler is told beside its defaults. What is computed once per row (a bias correction) is kept for the whole
 # row: computed again for every element, a power costs more than the update itself.
 OPTIONS = {"realize_opcount_threshold": 0, "realize_reads_threshold": 0}
+# What makes compiling quicker and programs no slower: a precompiled header takes longer than it spares; the code around
+# the kernels is called once for many rows, and nobody debugs it.
+QUICKER = {
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.enable_line_tables": False,
+}
 
 
 class NotCompiled(Exception):
@@ -141,29 +148,69 @@ def _path(key: str) -> Path:
 def _compile(source: Source) -> None:
     """Compiles into the cache."""
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor import config as settings
 
     examples = tuple(copy_of(tensor) for tensor in source.tensors)
     target = _path(source.key)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        with warnings.catch_warnings(), torch.no_grad(), settings.patch({"cpp.vec_isa_ok": _vectorises()}):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_known_machine())
+            stack.enter_context(_onednn_for_any_product())
             warnings.simplefilter("ignore")
             exported = torch.export.export(source.graph, examples, strict=False)
             made = aoti_compile_and_package(
-                exported, package_path=str(Path(folder) / "program.pt2"), inductor_configs=dict(OPTIONS)
+                exported, package_path=str(Path(folder) / "program.pt2"), inductor_configs={**OPTIONS, **_quicker()}
             )
         Path(made).replace(target)
 
 
-def _vectorises() -> bool | None:
-    """What spares the compiler some ten seconds of trying out vector units that torch knows this machine has."""
-    return True if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
+@contextlib.contextmanager
+def _onednn_for_any_product() -> Iterator[None]:
+    """Within, the compiler takes any product of oneDNN's; by itself it wants one side to be constant."""
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    if not torch.backends.mkldnn.is_available():
+        yield
+        return
+    from torch._inductor import ir, lowering, mkldnn_ir
+    from torch._inductor.fx_passes import mkldnn_fusion
+
+    def lowered(*arguments: Any) -> Any:
+        made: Any = mkldnn_ir.LinearUnary.create(*arguments)
+        return made if isinstance(made, ir.TensorBox) else ir.TensorBox.create(made)
+
+    mkldnn_fusion._mkldnn_fusion_init()  # what would put the compiler's own rule back later
+    before = lowering.lowerings.get(linear)
+    lowering.lowerings[linear] = lowered
+    try:
+        yield
+    finally:
+        del lowering.lowerings[linear]
+        if before is not None:
+            lowering.lowerings[linear] = before
+
+
+def _quicker() -> dict[str, Any]:
+    """Those of the settings `QUICKER` that this version of torch has."""
+    from torch._inductor import config as settings
+
+    return {name: value for name, value in QUICKER.items() if hasattr(settings.aot_inductor, name.split(".")[1])}
+
+
+def _known_machine() -> contextlib.AbstractContextManager[None]:
+    """Within, torch does not spend some six seconds on trying out vector units that it knows this machine has."""
+    from torch._inductor import config as settings
+
+    known = True if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
+    manager: contextlib.AbstractContextManager[None] = settings.patch({"cpp.vec_isa_ok": known})
+    return manager
 
 
 def _loaded(path: Path) -> Run:
     from torch._inductor import aoti_load_package
 
-    model: Any = aoti_load_package(str(path))
+    with _known_machine():  # loading compares it with the one where the program was made
+        model: Any = aoti_load_package(str(path))
     program = getattr(getattr(model, "loader", None), "run", None) or (lambda tensors: model(*tensors))
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

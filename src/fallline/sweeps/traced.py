@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fallline.sweeps import products
+
 ATEN = torch.ops.aten
 # Operations that return their input, or a view of it that is the same tensor when the shape is.
 IDENTITIES = (ATEN.detach.default, ATEN.alias.default)
-# A batched product with at most so many columns is computed the other way round.
-NARROW = 32
 ZEROS = (ATEN.new_zeros.default, ATEN.zeros.default, ATEN.zeros_like.default)
 IDENTITIES_OF_SHAPE = (ATEN.view.default, ATEN.expand.default, ATEN._unsafe_view.default)
 
@@ -35,8 +35,8 @@ def trace(function: Callable[..., Any], *examples: Any) -> fx.GraphModule:
     traced: fx.GraphModule = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
     _leave_out_what_does_nothing(traced.graph)
     _select_instead_of_scattering(traced.graph)
-    _turn_matrix_products(traced.graph)
     _let_views_be_copies(traced.graph)
+    products.arrange(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
@@ -90,36 +90,6 @@ def _let_views_be_copies(graph: fx.Graph) -> None:
     for target in (ATEN.view.default, ATEN._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = ATEN.reshape.default
-
-
-def _turn_matrix_products(graph: fx.Graph) -> None:
-    """AB is computed as (BᵀAᵀ)ᵀ where only its transpose is used, and where it is narrow.
-
-    The gradient of a linear layer's weights comes out transposed, which costs a strided copy; and a batched product
-    with a short last side is three times slower than with a long one.
-    """
-    for node in list(graph.find_nodes(op="call_function", target=ATEN.bmm.default)):
-        users = list(node.users)
-        only_transposed = all(_swaps_last_two(user) for user in users)
-        (_, long, _), (_, _, short) = node.args[0].meta["val"].shape, node.args[1].meta["val"].shape
-        viewed = any(user.target in IDENTITIES_OF_SHAPE for user in users)
-        if not only_transposed and (viewed or short > NARROW or short >= long):
-            continue
-        with graph.inserting_before(node):
-            left, right = (graph.call_function(ATEN.transpose.int, (each, 1, 2)) for each in node.args[::-1])
-            turned = graph.call_function(ATEN.bmm.default, (left, right))
-            turned.meta["val"] = node.meta["val"].mT
-            if only_transposed:
-                for user in users:
-                    user.replace_all_uses_with(turned)
-            else:
-                back = graph.call_function(ATEN.transpose.int, (turned, 1, 2))
-                back.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(back)
-
-
-def _swaps_last_two(node: fx.Node) -> bool:
-    return node.target is ATEN.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}  # type: ignore[operator]
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...] | None:
