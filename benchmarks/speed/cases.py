@@ -40,6 +40,7 @@ class Case:
         model: which of `jax_contender.MODELS` is the same model; None where only plain loops take part.
         points: how many learning rates each optimizer has; None for as many as there are seeds, at most 32.
         evaluations: how often a sweep evaluates its trials.
+        most_steps: of a trial in a run.
     """
 
     name: str
@@ -53,10 +54,11 @@ class Case:
     model: str | None
     points: int | None = None
     evaluations: int = 1
+    most_steps: int = MOST_STEPS
 
     def steps(self, population: int, size: float = 1.0, share: float = 1.0) -> int:
         """How many steps each trial makes, in a run of that share of `trial_steps`, when all runs have that size."""
-        return min(int(MOST_STEPS * size), max(FEWEST_STEPS, int(self.trial_steps * size * share) // population))
+        return min(int(self.most_steps * size), max(FEWEST_STEPS, int(self.trial_steps * size * share) // population))
 
     def grid(self, population: int) -> tuple[int, int]:
         """How many learning rates of each optimizer, and how many seeds, make a population."""
@@ -139,11 +141,19 @@ def _mlp_case(width: int, batch_size: int, populations: tuple[int, ...], trial_s
 
 
 def _built_in_case(
-    name: str, title: str, populations: tuple[int, ...], trial_steps: int, slow: int, model: str
+    name: str,
+    title: str,
+    populations: tuple[int, ...],
+    trial_steps: int,
+    slow: int,
+    model: str,
+    most_steps: int = MOST_STEPS,
 ) -> Case:
     make = getattr(fl.tasks, name)
     task = partial(of_full_batches, make, make().batch_size)
-    return Case(name, title, task, nn.CrossEntropyLoss(), adams, populations, trial_steps, slow, model)
+    return Case(
+        name, title, task, nn.CrossEntropyLoss(), adams, populations, trial_steps, slow, model, most_steps=most_steps
+    )
 
 
 QUADRATIC = Case(
@@ -166,14 +176,16 @@ CASES: dict[str, Case] = {
             "digits", "digits, MLP 64-64-10, batch 64, Adam", (1, 16, 256, 1024, 4096), 1_024_000, 8000, "mlp"
         ),
         _mlp_case(16, 32, (1, 1024), 4_096_000, 8000),
-        _mlp_case(16, 128, (1024,), 256_000, 6000),
-        _mlp_case(64, 32, (1024,), 256_000, 6000),
-        _mlp_case(64, 128, (1024,), 128_000, 4000),
-        _mlp_case(256, 32, (1, 256), 64_000, 4000),
-        _mlp_case(256, 128, (1, 256), 32_000, 3000),
-        _built_in_case("digits_cnn", "digits_cnn, two convolutions, batch 64, Adam", (1, 64), 8000, 1500, "cnn"),
+        _mlp_case(16, 128, (1024,), 2_048_000, 6000),
+        _mlp_case(64, 32, (1024,), 1_024_000, 6000),
+        _mlp_case(64, 128, (1024,), 512_000, 4000),
+        _mlp_case(256, 32, (1, 256), 512_000, 4000),
+        _mlp_case(256, 128, (1, 256), 256_000, 3000),
         _built_in_case(
-            "char_lm", "char_lm, a transformer of two layers, batch 32, Adam", (1, 16), 640, 160, "transformer"
+            "digits_cnn", "digits_cnn, two convolutions, batch 64, Adam", (1, 64), 64_000, 1500, "cnn", 1000
+        ),
+        _built_in_case(
+            "char_lm", "char_lm, a transformer of two layers, batch 32, Adam", (1, 16), 4000, 160, "transformer", 640
         ),
         QUADRATIC,
     )

@@ -304,33 +304,3 @@ def test_writing_to_a_view_reaches_what_it_is_a_view_of():
     traced = trace(write, torch.ones(3, 4))
     torch.testing.assert_close(traced(ours), write(theirs))
     torch.testing.assert_close(ours, theirs)
-
-
-# What is done with a product.
-USES: dict[str, Callable[[Tensor], list[Tensor]]] = {
-    "alone": lambda found: [found],
-    "added to": lambda found: [found + 1],
-    "transposed": lambda found: [found.transpose(1, 2) * 2],
-    "both": lambda found: [found.mT + 1, found],
-    "viewed": lambda found: [found.view(-1), found.mT.reshape(len(found), -1)],
-    "expanded": lambda found: [found.unsqueeze(0).expand(2, *found.shape) + 1],
-}
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 40)),
-    st.sampled_from(sorted(USES)),
-    st.booleans(),
-)
-def test_turned_products_give_the_same(sizes: tuple[int, int, int, int], use: str, turned: bool):
-    rows, long, inner, short = sizes
-    a, b = torch.randn(rows, long, inner), torch.randn(rows, inner, short)
-    a = a.mT.contiguous().mT if turned else a
-
-    def product(a: Tensor, b: Tensor) -> list[Tensor]:
-        return USES[use](torch.bmm(a, b))
-
-    for ours, expected in zip(trace(product, a, b)(a, b), product(a, b), strict=True):
-        assert ours.shape == expected.shape
-        torch.testing.assert_close(ours, expected)

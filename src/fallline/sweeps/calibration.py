@@ -29,14 +29,19 @@ from fallline.sweeps.vectorised import Population, in_order, one_seed_each
 from fallline.tasks import Task
 from fallline.training.progress import Progress
 
+# Up to so many small models train faster one after the other: a step of a population takes about a millisecond, however
+# small it is.
+FEW_TRIALS = 5
+SECONDS_PER_STEP = 1e-3
 # Seconds of training ahead from which on something is worth its price: measuring at all (some tenths of a second),
 # tracing (two seconds, most of it imports), loading programs from the cache, and compiling them (some eight seconds
 # for two, longer for more).
+WORTH_MEASURING = 2.0
 WORTH_TRACING = 5.0
 WORTH_LOADING = 3.0
-WORTH_COMPILING = 15.0
+WORTH_COMPILING = 20.0
 SECONDS_TO_COMPILE_MORE = 5.0
-# Programs of packs that are so much rarer than the most frequent kind are made when they are needed.
+# Programs of packs that are so much rarer than the most frequent kind are not compiled.
 RARE = 0.1
 # How long each way of training is measured.
 SECONDS_MEASURED = 0.15
@@ -152,15 +157,22 @@ def course_of(ahead: Ahead, choice: engines.EngineChoice, *, asked: str, asked_w
     Raises:
         InvalidSweep: for a number of workers that is none.
     """
-    task, parameters = ahead.task, ahead.parameters
+    task = ahead.task
     rows = rows_in_cache(task, ahead.device)
-    small = asked != "compiled" and ahead.trial_steps * parameters * task.batch_size <= workers.WORTH_A_PROCESS
+    multiplications = ahead.trial_steps * ahead.parameters * task.batch_size
+    small = asked != "compiled" and multiplications <= workers.WORTH_A_PROCESS
+    few = small and asked == "auto" and choice.engine == "vectorised" and len(ahead.plans) <= FEW_TRIALS
+    if few:
+        reason = f"{choice.reason}; {len(ahead.plans)} small models train faster one after the other"
+        choice = engines.EngineChoice("sequential", reason)
     processes = workers.worker_count(asked_workers, device=ahead.device)
     course = Course(choice.engine, largest=2 * rows, reason=choice.reason)
     if processes > 1 and not (small and asked_workers == "auto"):
         course = replace(course, workers=processes, threads=1)
         course = replace(course, workers=min(processes, len(ahead.packs(course))))
-    return course if small else _Calibration(ahead, asked, rows).best(course, any_workers=asked_workers == "auto")
+    if few or (small and ahead.steps * len(ahead.packs(course)) * SECONDS_PER_STEP <= WORTH_MEASURING):
+        return course
+    return _Calibration(ahead, asked, rows).best(course, any_workers=asked_workers == "auto")
 
 
 def resumed(ahead: Ahead, choice: engines.EngineChoice, spec: dict[str, Any]) -> Course:
@@ -323,11 +335,13 @@ class _Calibration:
                 kinds.setdefault(_kind(own, course.chunk), []).append(pack)
         most = max(map(len, kinds.values()), default=0)
         for alike in sorted(kinds.values(), key=len, reverse=True):
-            if len(alike) < RARE * most:
-                break  # what only such packs need is left to the workers
             population = self.ahead.trained(course, alike[0])
             assert isinstance(population, Population)
+            known = set(course.programs.examples)
             population.prepare()
+            if len(alike) < RARE * most:  # what only such packs need is not worth compiling
+                for key in set(course.programs.examples) - known:
+                    del course.programs.examples[key]
         return course
 
     def _say(self, reason: str) -> None:
@@ -347,13 +361,15 @@ def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:
 def rows_in_cache(task: Task, device: torch.device) -> int:
     """How many trials' parameters, state, gradients and activations stay in a core's cache, or fit into a GPU's memory.
 
-    A power of two between 8 and 1,024 on a CPU, at most 4,096 on a GPU.
+    A power of two between 8 and 1,024 on a CPU, at most 4,096 on a GPU; 1 where a trial alone does not fit into the cache
+    and so gains nothing from neighbours.
     """
     row = _bytes_of_a_trial(task)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return max(1, min(4096, int(0.6 * free / (2 * row))))
-    return int(min(1024, max(8, 2 ** int(math.log2(max(1.0, 4 * _cache() / row))))))
+    fitting = 4 * _cache() / row
+    return 1 if fitting < 0.5 else int(min(1024, max(8, 2 ** int(math.log2(max(1.0, fitting))))))
 
 
 def _bytes_of_a_trial(task: Task) -> int:

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_map_only
 ATEN = torch.ops.aten
 # A batched product with at most so many columns is computed the other way round.
 NARROW = 32
-# Multiplications from which on a call of oneDNN, which takes some microseconds itself, is worth it.
+# Multiplications from which on a call of oneDNN, which takes some microseconds itself, is worth it. (One for each trial
+# is not: what comes out has to be copied together.)
 WORTH_ONEDNN = 2**20
+LINEAR = torch.ops.mkldnn._linear_pointwise.default
 VIEWS = (ATEN.reshape.default, ATEN.expand.default)
 
 
@@ -48,32 +50,32 @@ def arrange(graph: fx.Graph) -> None:
 
 def _arrange_one(graph: fx.Graph, node: fx.Node) -> None:
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
-    trials, long, inner = _tensor(left).shape
-    short = _tensor(right).shape[2]
+    long, short = _tensor(left).shape[1], _tensor(right).shape[2]
     only_transposed = bool(node.users) and all(swaps_last_two(user) for user in node.users)
     viewed = any(user.target in VIEWS for user in node.users)
-    if _of_all(right) and not only_transposed:
-        below = _call(graph, ATEN.reshape.default, left, [trials * long, inner])
-        one = _matrix_product(graph, below, _call(graph, ATEN.select.int, right, 0, 0))
-        _replace(node, _call(graph, ATEN.reshape.default, one, [trials, long, short]))
-        return
     narrow = NARROW >= short < long and not viewed
-    if not (only_transposed or narrow or _of_all(left) or _of_all(right) or _meets_transposed(node)):
-        node.meta["val"] = _value(node)
+    left_shared, right_shared = _of_all(left), _of_all(right)
+    better = only_transposed or narrow or left_shared > right_shared or _meets_transposed(node)
+    if not better or right_shared > left_shared:
+        _replace(node, _product(graph, left, right))
         return
-    a, b = (_call(graph, ATEN.transpose.int, each, 1, 2) for each in (right, left))
-    if _of_all(b) and not _of_all(a):
-        below = _call(graph, ATEN.reshape.default, a, [trials * short, inner])
-        one = _matrix_product(graph, below, _call(graph, ATEN.select.int, b, 0, 0))
-        turned = _call(graph, ATEN.reshape.default, one, [trials, short, long])
-    else:
-        turned = _call(graph, ATEN.bmm.default, a, b)
+    turned = _product(graph, *(_call(graph, ATEN.transpose.int, each, 1, 2) for each in (right, left)))
     if only_transposed:
         for user in list(node.users):
             _replace(user, turned)
         graph.erase_node(node)
     else:
         _replace(node, _call(graph, ATEN.transpose.int, turned, 1, 2))
+
+
+def _product(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
+    """left [trial, M, K] times right [trial, K, N]."""
+    trials, long, inner = _tensor(left).shape
+    if not _of_all(right):
+        return _call(graph, ATEN.bmm.default, left, right)
+    below = _call(graph, ATEN.reshape.default, left, [trials * long, inner])
+    product = _matrix_product(graph, below, _call(graph, ATEN.select.int, right, 0, 0))
+    return _call(graph, ATEN.reshape.default, product, [trials, long, -1])
 
 
 def _matrix_product(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
@@ -83,8 +85,7 @@ def _matrix_product(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
     if not (large and value.device.type == "cpu" and value.dtype == torch.float32 and onednn_is_faster()):
         return _call(graph, ATEN.mm.default, left, right)
     # The only one of torch's operations that has oneDNN compute a product of any two matrices in float32.
-    turned = _call(graph, ATEN.transpose.int, right, 0, 1)
-    return _call(graph, torch.ops.mkldnn._linear_pointwise.default, left, turned, None, "none", [], "")
+    return _call(graph, LINEAR, left, _call(graph, ATEN.transpose.int, right, 0, 1), None, "none", [], "")
 
 
 @functools.cache
@@ -108,7 +109,8 @@ def swaps_last_two(node: fx.Node) -> bool:
 
 def _of_all(node: fx.Node) -> bool:
     """Whether all trials have the same matrix."""
-    return _tensor(node).stride(0) == 0
+    value = _tensor(node)
+    return len(value) == 1 or value.stride(0) == 0
 
 
 def _meets_transposed(node: fx.Node) -> bool:

@@ -62,7 +62,7 @@ class Programs:
 
     Attributes:
         by_key: the programs.
-        examples: for each the tensors that it was made with, until they are needed no more.
+        examples: the tensors that it was made with, of each that may be compiled.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Programs:
     def worth_compiling(self) -> Iterator[tuple[Hashable, fx.GraphModule, list[Tensor]]]:
         """The key, the graph and example tensors of each program that most steps need."""
         for key, program in self.by_key.items():
-            if program.graph is not None and not program.part.rare:
+            if program.graph is not None and not program.part.rare and key in self.examples:
                 yield key, program.graph, self.examples[key]
 
     def use(self, key: Hashable, compiled: Run) -> bool:
