@@ -361,8 +361,8 @@ def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:
 def rows_in_cache(task: Task, device: torch.device) -> int:
     """How many trials' parameters, state, gradients and activations stay in a core's cache, or fit into a GPU's memory.
 
-    A power of two between 8 and 1,024 on a CPU, at most 4,096 on a GPU; 1 where a trial alone does not fit into the cache
-    and so gains nothing from neighbours.
+    A power of two between 8 and 1,024 on a CPU, at most 4,096 on a GPU; 1 where a trial alone does not fit into the
+    cache, and so gains nothing from neighbours.
     """
     row = _bytes_of_a_trial(task)
     if device.type == "cuda":

@@ -46,6 +46,9 @@ COPIES_OF_THE_HISTORY = 5.6
 COPIES_OF_A_CHECKPOINT = 2
 # What the parent takes for tables and their files, however small the sweep; measured.
 TABLES = 12 * 2**20
+# What a worker takes for tracing a new size when trials have diverged and left is 55 MB. Whether they will is not known,
+# so half of it is foreseen.
+HALF_OF_TRACING = 27 * 2**20
 # By formula: for each parameter itself, its gradient, state and updates on the way. `make_packs` counts alike.
 NUMBERS_PER_PARAMETER = 6
 
@@ -119,6 +122,8 @@ def predict(job: Job, packs: Sequence[Pack], workers: int | None, *, rehearse: b
             # Here, programs may be made for several threads, which a forked process does not have.
             own = job if workers else replace(job, programs=None)
             found = _in_a_process(own, pack, as_worker=workers is not None)
+            if found is not None and workers and job.programs is not None and job.chunk is None:
+                found += HALF_OF_TRACING
     if found is None:
         found = 0 if gpu else _by_formula(job, pack)
     return Memory(parent, found + block, min(workers, len(packs)) if workers else 1, end, gpu)
