@@ -176,6 +176,48 @@ def test_a_small_sweep_is_not_measured(monkeypatch: pytest.MonkeyPatch):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("trials", "engine"), [(1, "sequential"), (5, "sequential"), (6, "vectorised")])
+def test_few_small_models_train_one_after_the_other(trials: int, engine: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibration, "_measured", lambda *given: pytest.fail("it was measured"))
+    few = replace(ahead(), plans=ahead().plans[:trials], steps=1000, parameters=10)
+    course = course_of(few, VECTORISED, asked="auto", asked_workers="auto")
+    assert course.engine == engine
+    assert course.threads is None
+    assert (f"{trials} small models train faster one after the other" in course.reason) is (engine == "sequential")
+    asked_for = course_of(few, EngineChoice("vectorised", "asked for"), asked="vectorised", asked_workers="auto")
+    assert (asked_for.engine, asked_for.reason) == ("vectorised", "asked for")
+
+
+def test_many_steps_of_small_models_are_worth_measuring(measured):
+    asked = measured({"mapped, this process": 9.0, "sequential, this process": 5.0})
+    of_steps = [replace(ahead(seeds=3), steps=steps, parameters=1) for steps in (1000, 100_000)]
+    assert all(w.trial_steps * w.task.batch_size <= workers.WORTH_A_PROCESS for w in of_steps)
+    assert course_of(of_steps[0], VECTORISED, asked="auto", asked_workers="auto").engine == "vectorised"
+    assert not asked
+    assert course_of(of_steps[1], VECTORISED, asked="auto", asked_workers="auto").engine == "sequential"
+    assert asked
+
+
+def test_rare_packs_are_traced_beforehand_but_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    task = fl.tasks.line().check()
+    optimizers = [fl.optim.sgd(lr=0.01), fl.optim.adam(lr=0.01)]
+    sgd, adam = search.configurations(optimizers, [task.loss], samples=1, search_seed=0)
+    plans = search.trials([sgd], list(range(88))) + search.trials([adam], list(range(8)))
+    plans = [replace(plan, index=i) for i, plan in enumerate(plans)]
+    monkeypatch.setattr(packs, "ENOUGH_FOR_A_PACK", 4)
+    course = Course("vectorised", execution="compiled", largest=8, chunk=8, programs=Programs())
+    kinds = Counter(
+        plans[pack.trials[0]].configuration.optimizer.name
+        for pack in Ahead(task, plans, CPU, 9, 2, False).packs(course)
+    )
+    assert kinds == {"sgd": 11, "adam": 1}
+    made = calibration._Calibration(Ahead(task, plans, CPU, 9, 2, False), "compiled", 8)._prepared(course).programs
+    assert {program.part.name for program in made} > {"the update of sgd", "the update of adam"}
+    compiled = {made.name(key) for key, _, _ in made.worth_compiling()}
+    assert "the update of sgd" in compiled
+    assert "the update of adam" not in compiled
+
+
 @pytest.mark.parametrize("asked_workers", ["auto", 2])
 def test_a_measured_sweep_says_what_it_chose_and_is_right(monkeypatch: pytest.MonkeyPatch, asked_workers: int | str):
     expected = small("sequential", workers=1)
@@ -223,6 +265,9 @@ def test_rows_in_the_cache_are_those_that_fit(monkeypatch: pytest.MonkeyPatch):
         assert rows == 8 or rows * found <= 4 * cache < 2 * rows * found
     assert rows > 8
     assert rows_in_cache(wide(5000, 64), CPU) == 8
+    huge = wide(100_000, 64)
+    assert calibration._bytes_of_a_trial(huge) > 2 * 4 * 10**6
+    assert rows_in_cache(huge, CPU) == 1, "a trial that fills the cache alone gains nothing from neighbours"
     monkeypatch.setattr(calibration, "_cache", lambda: 2**30)
     assert rows_in_cache(task, CPU) == 1024
 

@@ -46,8 +46,8 @@ COPIES_OF_THE_HISTORY = 5.6
 COPIES_OF_A_CHECKPOINT = 2
 # What the parent takes for tables and their files, however small the sweep; measured.
 TABLES = 12 * 2**20
-# What a worker takes for tracing a new size when trials have diverged and left is 55 MB. Whether they will is not known,
-# so half of it is foreseen.
+# A worker that traces a new size, when trials have diverged and left, takes 55 MB for it. Whether any will is not
+# known, so half of it is foreseen.
 HALF_OF_TRACING = 27 * 2**20
 # By formula: for each parameter itself, its gradient, state and updates on the way. `make_packs` counts alike.
 NUMBERS_PER_PARAMETER = 6
