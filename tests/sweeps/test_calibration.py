@@ -122,6 +122,15 @@ def test_more_is_tried_only_where_it_pays(measured):
         assert len(asked) == tried, f"with {left} s ahead: {asked}"
 
 
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.9, "sequential, 1 worker"), (1.1, "sequential, this process")])
+def test_a_core_that_would_be_idle_is_tried(measured, seconds: float, chosen: str):
+    one = replace(ahead(seeds=1), plans=ahead().plans[:1])
+    ways = {"mapped, 1 worker": 2.0, "sequential, 1 worker": 1.0, "sequential, this process": 0.8}
+    asked = measured({name: 1e6 * seconds * each / one.trial_steps for name, each in ways.items()})
+    assert course_of(one, VECTORISED, asked="auto", asked_workers="auto").name == chosen
+    assert ("sequential, this process" in asked) is (seconds > 1)
+
+
 def test_what_the_cache_has_is_not_compared_with_traced_programs(measured, monkeypatch: pytest.MonkeyPatch):
     asked = measured(ALL)
     monkeypatch.setattr(calibration._Calibration, "_prepared_to_compile", lambda self, course: to_compile(course, 0))
@@ -222,7 +231,7 @@ def test_rare_packs_are_traced_beforehand_but_not_compiled(monkeypatch: pytest.M
 def test_a_measured_sweep_says_what_it_chose_and_is_right(monkeypatch: pytest.MonkeyPatch, asked_workers: int | str):
     expected = small("sequential", workers=1)
     monkeypatch.setattr(calibration, "SECONDS_MEASURED", 0.01)
-    for name in ("WORTH_TRACING", "WORTH_LOADING", "WORTH_COMPILING"):
+    for name in ("WORTH_TRACING", "WORTH_THREADS", "WORTH_COMPILING"):
         monkeypatch.setattr(calibration, name, 0.0)
     monkeypatch.setattr(workers, "WORTH_A_PROCESS", 0.0)
     monkeypatch.setattr(workers, "cores", lambda: 2)
@@ -277,6 +286,13 @@ def test_rows_of_a_chunk_are_few_enough_for_every_process():
     assert many._chunk(Course("vectorised", workers=2)) == 50
     assert many._chunk(Course("vectorised", workers=1)) == 100
     assert many._chunk(Course("vectorised", workers=2, chunk=7)) == 7, "what was chosen before stays"
+    # Of one seed each where that is not dear: 16 rows for each of 20 seeds, of which 32 would have two.
+    sixteen = search.configurations(
+        [fl.optim.sgd(lr=fl.grid(range(1, 17)))], [fl.losses.mse()], samples=1, search_seed=0
+    )
+    of_sixteen = replace(ahead(), plans=search.trials(sixteen, list(range(20))))
+    assert calibration._Calibration(of_sixteen, "auto", 32)._chunk(Course("vectorised", workers=1)) == 16
+    assert calibration._Calibration(of_sixteen, "auto", 64)._chunk(Course("vectorised", workers=1)) == 64
     # 100 rows in chunks of 64 would be 128; of 50, just 100.
     assert calibration._Calibration(ahead(seeds=50), "auto", 64)._chunk(Course("vectorised", workers=1)) == 50
 

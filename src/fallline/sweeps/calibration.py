@@ -33,16 +33,20 @@ from fallline.training.progress import Progress
 # small it is.
 FEW_TRIALS = 5
 SECONDS_PER_STEP = 1e-3
-# Seconds of training ahead from which on something is worth its price: measuring at all (some tenths of a second),
-# tracing (two seconds, most of it imports), loading programs from the cache, and compiling them (some eight seconds
-# for two, longer for more).
+# Seconds of training ahead from which on something is worth its price: measuring at all (some tenths of a second), the
+# threads of this process where fewer workers than cores would train, tracing (two seconds, most of it imports), and
+# compiling (some ten seconds for two programs, longer for more).
 WORTH_MEASURING = 2.0
+WORTH_THREADS = 1.0
 WORTH_TRACING = 5.0
-WORTH_LOADING = 3.0
 WORTH_COMPILING = 20.0
 SECONDS_TO_COMPILE_MORE = 5.0
 # Programs of packs that are so much rarer than the most frequent kind are not compiled.
 RARE = 0.1
+# What the calls for a chunk cost, in rows; and how much more rows cost that do not share their mini-batch, so that the
+# products with it are not a single one. Measured on the MLP of `digits`.
+CALLS_IN_ROWS = 4
+PRICE_OF_SEEDS = 1.35
 # How long each way of training is measured.
 SECONDS_MEASURED = 0.15
 
@@ -226,7 +230,7 @@ class _Calibration:
             return self._fastest(course)
         if course.engine == "vectorised" and self._ahead > WORTH_TRACING:
             self._measure(self._traced(course))
-        enough = WORTH_COMPILING if course.workers == workers.cores() else WORTH_LOADING
+        enough = WORTH_COMPILING if course.workers == workers.cores() else WORTH_THREADS
         if any_workers and course.threads is not None and self._ahead > enough:
             self._measure(replace(self._fastest(course), workers=1, threads=None))
         if chunked is not None and (quicker := self._compiled(course, chunked)) is not None:
@@ -318,12 +322,13 @@ class _Calibration:
         most = max(1, min(self.rows, max(shares)))
         seeds = len({plan.seed for plan in self.ahead.plans})
 
-        def price(rows: int) -> tuple[int, int]:
-            # Rows that fill up a last chunk are computed for nothing; those of one seed share their mini-batch.
+        def price(rows: int) -> float:
+            # Rows that fill up a last chunk are computed for nothing, and every chunk costs calls.
             filled = sum(-(-count // rows) * rows for count in kinds.values())
-            return filled, sum(count % (rows * seeds) != 0 for count in kinds.values())
+            one_seed_each = all(count % (rows * seeds) == 0 for count in kinds.values())
+            return filled * (1 + CALLS_IN_ROWS / rows) * (1 if one_seed_each else PRICE_OF_SEEDS)
 
-        return min(range(most, most * 2 // 3, -1), key=price)
+        return min(range(most, (most - 1) // 2, -1), key=price)
 
     def _prepared(self, course: Course) -> Course:
         """With the programs of every kind of pack that there is, which forked workers then have from the beginning."""
