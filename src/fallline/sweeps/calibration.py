@@ -39,7 +39,7 @@ SECONDS_PER_STEP = 1e-3
 WORTH_MEASURING = 2.0
 WORTH_THREADS = 1.0
 WORTH_TRACING = 5.0
-WORTH_COMPILING = 20.0
+WORTH_COMPILING = 15.0
 SECONDS_TO_COMPILE_MORE = 5.0
 # Programs of packs that are so much rarer than the most frequent kind are not compiled.
 RARE = 0.1
