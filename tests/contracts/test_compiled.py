@@ -68,6 +68,7 @@ def small_chunks() -> Iterator[None]:
     """Three rows at a time, a pack for each optimizer, and no long measuring."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "rows_in_cache", lambda *given: ROWS)
+        patch.setattr(calibration, "PRICE_OF_SEEDS", 1.0)  # so that chunks are as large as they may be
         patch.setattr(calibration, "SECONDS_MEASURED", 0.01)
         patch.setattr(packs, "ENOUGH_FOR_A_PACK", 4)
         yield
