@@ -61,8 +61,8 @@ def to_compile(course: Course, missing: int) -> Any:
     return calibration._Chunked(course, Programs(), {}, dict.fromkeys(range(missing)))
 
 
-def compiled_course(self: Any, course: Course, chunked: Any) -> Course:
-    return replace(course, execution="compiled", chunk=8, cached=True)
+def compiled_course(self: Any, chunked: Any) -> Course:
+    return replace(chunked.course, execution="compiled", chunk=8, cached=True)
 
 
 ALL: Times = {
@@ -117,7 +117,7 @@ def test_more_is_tried_only_where_it_pays(measured):
     for left, tried in ((4.0, 2), (6.0, 2 + 1), (21.0, 2 + 2)):
         asked = measured({name: 1e6 * left * each / plenty.trial_steps for name, each in seconds.items()})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibration._Calibration, "_compiled", lambda self, course, chunked: None)
+            patch.setattr(calibration._Calibration, "_compiled", lambda self, chunked: None)
             assert course_of(plenty, VECTORISED, asked="auto", asked_workers="auto").name == "mapped, 2 workers"
         assert len(asked) == tried, f"with {left} s ahead: {asked}"
 

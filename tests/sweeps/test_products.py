@@ -20,8 +20,7 @@ from fallline.sweeps.traced import trace
 from fallline.sweeps.vectorised import Population
 
 ATEN = torch.ops.aten
-LINEAR = torch.ops.mkldnn._linear_pointwise.default
-PRODUCTS = {ATEN.bmm.default: "bmm", ATEN.mm.default: "mm", LINEAR: "oneDNN"}
+PRODUCTS = {ATEN.bmm.default: "bmm", ATEN.mm.default: "mm", products.LINEAR: "oneDNN"}
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 # What is done with a product.
@@ -96,6 +95,7 @@ def test_a_side_that_all_trials_share_makes_one_product(
     torch.testing.assert_close(traced(x, w), product(x, w))
 
 
+@needs_onednn
 def test_small_products_are_left_to_blas(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 

@@ -186,7 +186,7 @@ def resumed(ahead: Ahead, choice: engines.EngineChoice, spec: dict[str, Any]) ->
         return course
     calibration = _Calibration(ahead, "compiled", course.chunk or 1)
     if course.execution == "compiled":
-        return calibration._compiled(course, calibration._prepared_to_compile(course)) or calibration._traced(course)
+        return calibration._compiled(calibration._prepared_to_compile(course)) or calibration._traced(course)
     return calibration._traced(course)
 
 
@@ -218,7 +218,7 @@ class _Calibration:
             any_workers: whether training in this process is a way too.
         """
         if self.asked == "compiled":
-            made = self._compiled(course, self._prepared_to_compile(course)) or self._traced(course)
+            made = self._compiled(self._prepared_to_compile(course)) or self._traced(course)
             self._measure(made)
             return self._fastest(made)
         self._measure(course)
@@ -226,14 +226,14 @@ class _Calibration:
             self._measure(self._alone(course))
         chunked = self._prepared_to_compile(course) if course.engine == "vectorised" else None
         if chunked is not None and not chunked.missing:
-            self._measure(self._compiled(course, chunked) or course)
+            self._measure(self._compiled(chunked) or course)
             return self._fastest(course)
         if course.engine == "vectorised" and self._ahead > WORTH_TRACING:
             self._measure(self._traced(course))
         enough = WORTH_COMPILING if course.workers == workers.cores() else WORTH_THREADS
         if any_workers and course.threads is not None and self._ahead > enough:
             self._measure(replace(self._fastest(course), workers=1, threads=None))
-        if chunked is not None and (quicker := self._compiled(course, chunked)) is not None:
+        if chunked is not None and (quicker := self._compiled(chunked)) is not None:
             self._measure(quicker)
         return self._fastest(course)
 
@@ -284,7 +284,7 @@ class _Calibration:
         loaded = {key: run for key, source in sources.items() if (run := compiled.cached(source)) is not None}
         return _Chunked(made, made.programs, loaded, {key: s for key, s in sources.items() if key not in loaded})
 
-    def _compiled(self, course: Course, chunked: _Chunked | None) -> Course | None:
+    def _compiled(self, chunked: _Chunked | None) -> Course | None:
         """The compiled course, if there is enough ahead for what has to be compiled."""
         if chunked is None:
             return None

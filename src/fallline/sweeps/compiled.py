@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fallline.sweeps.products import LINEAR
 from fallline.sweeps.programs import Run, copy_of
 from fallline.sweeps.workers import cores, forked
 
@@ -168,8 +169,7 @@ def _compile(source: Source) -> None:
 @contextlib.contextmanager
 def _onednn_for_any_product() -> Iterator[None]:
     """Within, the compiler takes any product of oneDNN's; by itself it wants one side to be constant."""
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    if not torch.backends.mkldnn.is_available():
+    if LINEAR is None:
         yield
         return
     from torch._inductor import ir, lowering, mkldnn_ir
@@ -180,14 +180,14 @@ def _onednn_for_any_product() -> Iterator[None]:
         return made if isinstance(made, ir.TensorBox) else ir.TensorBox.create(made)
 
     mkldnn_fusion._mkldnn_fusion_init()  # what would put the compiler's own rule back later
-    before = lowering.lowerings.get(linear)
-    lowering.lowerings[linear] = lowered
+    before = lowering.lowerings.get(LINEAR)
+    lowering.lowerings[LINEAR] = lowered
     try:
         yield
     finally:
-        del lowering.lowerings[linear]
+        del lowering.lowerings[LINEAR]
         if before is not None:
-            lowering.lowerings[linear] = before
+            lowering.lowerings[LINEAR] = before
 
 
 def _quicker() -> dict[str, Any]:

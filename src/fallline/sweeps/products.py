@@ -23,7 +23,9 @@ NARROW = 32
 # Multiplications from which on a call of oneDNN, which takes some microseconds itself, is worth it. (One for each trial
 # is not: what comes out has to be copied together.)
 WORTH_ONEDNN = 2**20
-LINEAR = torch.ops.mkldnn._linear_pointwise.default
+# The only one of torch's operations that has oneDNN compute a product of any two matrices in float32; there is none in
+# a torch that was built without oneDNN.
+LINEAR = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 VIEWS = (ATEN.reshape.default, ATEN.expand.default)
 
 
@@ -51,7 +53,7 @@ def arrange(graph: fx.Graph) -> None:
 def _arrange_one(graph: fx.Graph, node: fx.Node) -> None:
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
     long, short = _tensor(left).shape[1], _tensor(right).shape[2]
-    only_transposed = bool(node.users) and all(swaps_last_two(user) for user in node.users)
+    only_transposed = bool(node.users) and all(_swaps_last_two(user) for user in node.users)
     viewed = any(user.target in VIEWS for user in node.users)
     narrow = NARROW >= short < long and not viewed
     left_shared, right_shared = _of_all(left), _of_all(right)
@@ -84,7 +86,6 @@ def _matrix_product(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
     large = value.numel() * _tensor(right).shape[1] >= WORTH_ONEDNN
     if not (large and value.device.type == "cpu" and value.dtype == torch.float32 and onednn_is_faster()):
         return _call(graph, ATEN.mm.default, left, right)
-    # The only one of torch's operations that has oneDNN compute a product of any two matrices in float32.
     return _call(graph, LINEAR, left, _call(graph, ATEN.transpose.int, right, 0, 1), None, "none", [], "")
 
 
@@ -102,7 +103,7 @@ def onednn_is_faster() -> bool:
     return False
 
 
-def swaps_last_two(node: fx.Node) -> bool:
+def _swaps_last_two(node: fx.Node) -> bool:
     """Whether it transposes stacked matrices."""
     return node.target is ATEN.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}  # type: ignore[operator]
 
