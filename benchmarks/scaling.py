@@ -8,12 +8,12 @@ interleaved repeats are shown with the lowest and the highest.
 - trials: `line`, 1 to 100,000 of them, 10 steps each;
 - steps: `line`, 60 trials, 100 to 10,000 steps;
 - parameters: digits with one hidden layer of 16 to 1,024, 60 trials, 50 steps;
-- cores: digits, 500 trials, 200 steps, one worker to one per core.
+- cores: digits, 500 trials, 1,000 steps, one worker to one per core.
 
 A straight line is seconds = fixed + each × size; it is fitted so that every point's relative error counts alike, and
 R² is of log seconds. The slope of log seconds against log size is shown too, over all points and over the upper half,
 where the fixed cost has faded: 1 is in proportion. Where a point is more than 25 % off the line, the benchmark says
-which one, by how much, and what may bend the line there.
+which one, by how much, and what may bend the line there. The last column says how the sweep chose to train.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from speed.pages import Output, cores, machine
 
 # What is called straight: no point is more than so many times its line, or less than one in so many.
 STRAIGHT = 1.25
-Sweep = Callable[[int], object]
+Sweep = Callable[[int], fl.Result]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def axes(device: str, quick: bool) -> list[Axis]:
     """What is measured; a quick run leaves out the larger sizes."""
     digits = partial(of_full_batches, fl.tasks.digits, 64)
 
-    def sweep(task: Task, trials: int, steps: int, workers: int | str = "auto") -> object:
+    def sweep(task: Task, trials: int, steps: int, workers: int | str = "auto") -> fl.Result:
         points = min(trials, 10)
         return fl.sweep(
             task,
@@ -134,20 +134,21 @@ def axes(device: str, quick: bool) -> list[Axis]:
             "line, 60 trials",
             (100, 300, 1000, 3000, 10_000),
             lambda size: sweep(fl.tasks.line(), 60, size),
-            "what a sweep costs at all, whatever its size; programs, which are compiled where that pays",
+            "what a sweep costs at all; from some seconds of training on, a way that costs seconds at first and then "
+            "is faster (the last column)",
         ),
         Axis(
             "parameters",
             "digits, one hidden layer, 60 trials, 50 steps",
             tuple(map(parameters_of, (16, 32, 64, 128, 256, 512, 1024))),
             lambda size: sweep(digits(model=partial(mlp, (size - 10) // 75)), 60, 50),
-            "small products take less time per number than overheads do; large ones leave the cache",
+            "small models cost calls, whatever their size, and large ones arithmetic; processes, which start somewhere",
         ),
         Axis(
             "cores",
-            "digits, 500 trials, 200 steps; size: workers",
+            "digits, 500 trials, 1,000 steps; size: workers",
             tuple(dict.fromkeys([1, *(2**k for k in range(1, 20) if 2**k < cores()), cores()])),
-            lambda size: sweep(digits(), 500, 200, size),
+            lambda size: sweep(digits(), 500, 1000, size),
             "what is done once (checks, ranking), memory that cores share, and other work on the machine",
             inverse=True,
         ),
@@ -159,22 +160,26 @@ def axes(device: str, quick: bool) -> list[Axis]:
     return found
 
 
-def measure(axis: Axis, repeats: int) -> list[list[float]]:
-    """Seconds [size][repeat], the repeats interleaved, after a sweep of each size that does not count."""
+def measure(axis: Axis, repeats: int) -> tuple[list[list[float]], list[str]]:
+    """Seconds [size][repeat], the repeats interleaved, after a sweep of each size that does not count; and the way in
+    which each size was trained most often.
+    """
     seconds: list[list[float]] = [[] for _ in axis.sizes]
+    ways: list[list[str]] = [[] for _ in axis.sizes]
     for repeat in range(repeats + 1):
-        for own, size in zip(seconds, axis.sizes, strict=True):
+        for position, size in enumerate(axis.sizes):
             began = time.perf_counter()
-            axis.sweep(size)
+            result = axis.sweep(size)
             if repeat:
-                own.append(time.perf_counter() - began)
-    return seconds
+                seconds[position].append(time.perf_counter() - began)
+                ways[position].append(result.spec["calibration"]["choice"])
+    return seconds, [statistics.mode(own) for own in ways]
 
 
-def report(axis: Axis, seconds: list[list[float]], output: Callable[[str], None]) -> None:
+def report(axis: Axis, seconds: list[list[float]], ways: list[str], output: Callable[[str], None]) -> None:
     """Prints the points of an axis, the line through them, and what is not straight."""
     output(f"\nseconds against {axis.name}: {axis.title}")
-    output(f"{axis.name:>12}{'median':>11}{'lowest':>11}{'highest':>11}{'line':>11}{'off by':>9}")
+    output(f"{axis.name:>12}{'median':>11}{'lowest':>11}{'highest':>11}{'line':>11}{'off by':>9}  way")
     medians = [statistics.median(own) for own in seconds]
     sizes = [1 / size if axis.inverse else float(size) for size in axis.sizes]
     line = fit(sizes, medians) if len(sizes) > 2 else None
@@ -183,7 +188,9 @@ def report(axis: Axis, seconds: list[list[float]], output: Callable[[str], None]
         if line is not None:
             ratio = line.ratios[position]
             row += f"{medians[position] / ratio:>11.4f}{ratio - 1:>9.0%}"
-        output(row)
+        else:
+            row += " " * 20
+        output(f"{row}  {ways[position]}")
     if axis.inverse:
         gain = medians[0] / medians[-1]
         output(
@@ -225,8 +232,8 @@ def main() -> None:
         if axis.name in options.only:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", fl.errors.TrainedSequentially)
-                seconds = measure(axis, repeats)
-            report(axis, seconds, output)
+                seconds, ways = measure(axis, repeats)
+            report(axis, seconds, ways, output)
     if options.write:
         output.write(f"scaling:{device.type}")
 

@@ -217,7 +217,7 @@ def test_lines_are_told_from_curves():
     assert curve.slope == pytest.approx(1.4)
     told: list[str] = []
     axis = scaling.Axis("trials", "made up", (1, 10, 100, 1000, 10_000), lambda size: None, "a reason")
-    scaling.report(axis, [[1e-3 * size**1.4] for size in sizes], told.append)
+    scaling.report(axis, [[1e-3 * size**1.4] for size in sizes], ["mapped"] * 5, told.append)
     assert re.fullmatch(r"not straight: [\d,]+ trials take [\d.]+ times what the line says\. .*a reason", told[-1])
 
 

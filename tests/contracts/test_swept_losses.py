@@ -108,6 +108,7 @@ def test_a_traced_step_reads_the_numbers_of_its_pack(monkeypatch):
     losses = [fl.losses.cross_entropy(label_smoothing=fl.grid([0.0, 0.1, 0.3, 0.5]))]
     plain = swept("vectorised", losses)
     monkeypatch.setattr("fallline.sweeps.workers.WORTH_A_PROCESS", 0)
+    monkeypatch.setattr("fallline.sweeps.calibration.WORTH_PROCESSES", 0)
     monkeypatch.setattr("fallline.sweeps.calibration.WORTH_TRACING", 0)
     speeds = {"mapped": 2.0, "traced": 1.0}
     monkeypatch.setattr("fallline.sweeps.calibration._measured", lambda ahead, course: speeds[course.execution])

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fallline as fl
-from fallline.sweeps import calibration, engines, packs, search, workers
-from fallline.sweeps.calibration import Ahead, Course, course_of, rows_in_cache
+from fallline.sweeps import calibration, engines, footprint, packs, search, workers
+from fallline.sweeps.calibration import Ahead, Course, course_of
 from fallline.sweeps.engines import EngineChoice
+from fallline.sweeps.footprint import rows_in_cache
 from fallline.sweeps.programs import Programs
 
 CPU = torch.device("cpu")
@@ -207,6 +208,29 @@ def test_many_steps_of_small_models_are_worth_measuring(measured):
     assert asked
 
 
+@pytest.mark.parametrize(("micro", "processes"), [(1.0, 1), (1e3, 2), (None, 2)])
+def test_a_sweep_that_one_process_ends_soon_starts_no_others(
+    monkeypatch: pytest.MonkeyPatch, measured, micro: float | None, processes: int
+):
+    """Between the sweeps that are surely small and surely large, this process is tried first."""
+    times = {"mapped, 2 workers": 10.0} if micro is None else {"mapped, this process": micro, "mapped, 2 workers": 10.0}
+    asked = measured(times)
+    between = replace(ahead(seeds=50), steps=10_000, parameters=1000)
+    count = between.trial_steps * between.parameters * between.task.batch_size
+    assert workers.WORTH_A_PROCESS < count < workers.SURELY_WORTH_A_PROCESS
+    course = course_of(between, VECTORISED, asked="auto", asked_workers="auto")
+    assert asked[0] == "mapped, this process"
+    assert course.workers == processes
+    assert (asked == ["mapped, this process"]) is (processes == 1)
+    assert ("too soon over" in course.reason) is (processes == 1)
+    asked.clear()
+    course_of(between, VECTORISED, asked="auto", asked_workers=2)
+    assert asked[0] == "mapped, 2 workers", "two workers were asked for"
+    asked.clear()
+    course_of(replace(between, parameters=100_000), VECTORISED, asked="auto", asked_workers="auto")
+    assert asked[0] == "mapped, 2 workers"
+
+
 def test_rare_packs_are_traced_beforehand_but_not_compiled(monkeypatch: pytest.MonkeyPatch):
     task = fl.tasks.line().check()
     optimizers = [fl.optim.sgd(lr=0.01), fl.optim.adam(lr=0.01)]
@@ -231,7 +255,7 @@ def test_rare_packs_are_traced_beforehand_but_not_compiled(monkeypatch: pytest.M
 def test_a_measured_sweep_says_what_it_chose_and_is_right(monkeypatch: pytest.MonkeyPatch, asked_workers: int | str):
     expected = small("sequential", workers=1)
     monkeypatch.setattr(calibration, "SECONDS_MEASURED", 0.01)
-    for name in ("WORTH_TRACING", "WORTH_THREADS", "WORTH_COMPILING"):
+    for name in ("WORTH_PROCESSES", "WORTH_TRACING", "WORTH_THREADS", "WORTH_COMPILING"):
         monkeypatch.setattr(calibration, name, 0.0)
     monkeypatch.setattr(workers, "WORTH_A_PROCESS", 0.0)
     monkeypatch.setattr(workers, "cores", lambda: 2)
@@ -265,19 +289,19 @@ def test_rows_in_the_cache_are_those_that_fit(monkeypatch: pytest.MonkeyPatch):
     numbers = 100 * 11 + 101
     # Inputs, tanh's output and the prediction are kept for the backward pass; tanh's output also for the last layer.
     kept = 64 * (10 + 100 + 1)
-    found = calibration._bytes_of_a_trial(task)
+    found = footprint.bytes_of_a_trial(task)
     assert 4 * 4 * numbers + 2 * 4 * 64 * 100 <= found <= 4 * 4 * numbers + 2 * 4 * (kept + 64)
     for cache in (10**5, 10**6):
-        monkeypatch.setattr(calibration, "_cache", lambda cache=cache: cache)
+        monkeypatch.setattr(footprint, "_cache", lambda cache=cache: cache)
         rows = rows_in_cache(task, CPU)
         assert rows in (8, 16, 32, 64, 128, 256, 512, 1024)
         assert rows == 8 or rows * found <= 4 * cache < 2 * rows * found
     assert rows > 8
     assert rows_in_cache(wide(5000, 64), CPU) == 8
     huge = wide(100_000, 64)
-    assert calibration._bytes_of_a_trial(huge) > 2 * 4 * 10**6
+    assert footprint.bytes_of_a_trial(huge) > 2 * 4 * 10**6
     assert rows_in_cache(huge, CPU) == 1, "a trial that fills the cache alone gains nothing from neighbours"
-    monkeypatch.setattr(calibration, "_cache", lambda: 2**30)
+    monkeypatch.setattr(footprint, "_cache", lambda: 2**30)
     assert rows_in_cache(task, CPU) == 1024
 
 

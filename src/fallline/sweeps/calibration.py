@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fallline.sweeps import compiled, engines, packs, workers
+from fallline.sweeps.footprint import rows_in_cache
 from fallline.sweeps.packs import Pack
 from fallline.sweeps.programs import Programs, Run
 from fallline.sweeps.search import TrialPlan
@@ -33,9 +34,11 @@ from fallline.training.progress import Progress
 # small it is.
 FEW_TRIALS = 5
 SECONDS_PER_STEP = 1e-3
-# Seconds of training ahead from which on something is worth its price: measuring at all (some tenths of a second), the
+# Seconds of training ahead from which on something is worth its price: processes and the measuring of ways to use them
+# (more than half a second for what halves the time at best), measuring at all where one process trains anyway, the
 # threads of this process where fewer workers than cores would train, tracing (two seconds, most of it imports), and
 # compiling (some ten seconds for two programs, longer for more).
+WORTH_PROCESSES = 1.5
 WORTH_MEASURING = 2.0
 WORTH_THREADS = 1.0
 WORTH_TRACING = 5.0
@@ -171,6 +174,12 @@ def course_of(ahead: Ahead, choice: engines.EngineChoice, *, asked: str, asked_w
         choice = engines.EngineChoice("sequential", reason)
     processes = workers.worker_count(asked_workers, device=ahead.device)
     course = Course(choice.engine, largest=2 * rows, reason=choice.reason)
+    unsure = not small and asked != "compiled" and multiplications <= workers.SURELY_WORTH_A_PROCESS
+    if processes > 1 and asked_workers == "auto" and unsure:
+        micro = _measured(ahead, course)
+        if micro is not None and ahead.seconds(micro) <= WORTH_PROCESSES:
+            told = f"{course.name}: {micro:.3g} µs per trial-step, too soon over to start others"
+            return replace(course, reason=f"{course.reason}; {told}", measured={course.name: micro})
     if processes > 1 and not (small and asked_workers == "auto"):
         course = replace(course, workers=processes, threads=1)
         course = replace(course, workers=min(processes, len(ahead.packs(course))))
@@ -361,48 +370,6 @@ def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:
     one_seed = one_seed_each([plan.seed for plan in in_order(plans)], chunk)
     structures = tuple(sorted(Counter(repr(plan.configuration.optimizer.structure) for plan in plans).items()))
     return plans[0].configuration.loss.structure, one_seed, chunk or structures, frozenset(dict(structures))
-
-
-def rows_in_cache(task: Task, device: torch.device) -> int:
-    """How many trials' parameters, state, gradients and activations stay in a core's cache, or fit into a GPU's memory.
-
-    A power of two between 8 and 1,024 on a CPU, at most 4,096 on a GPU; 1 where a trial alone does not fit into the
-    cache, and so gains nothing from neighbours.
-    """
-    row = _bytes_of_a_trial(task)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return max(1, min(4096, int(0.6 * free / (2 * row))))
-    fitting = 4 * _cache() / row
-    return 1 if fitting < 0.5 else int(min(1024, max(8, 2 ** int(math.log2(max(1.0, fitting))))))
-
-
-def _bytes_of_a_trial(task: Task) -> int:
-    """Parameters, their gradients and two tensors of state; what the forward pass keeps, and its gradients."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.random.fork_rng([]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        module = task.build_model(0).train()
-        x, y = (data[: task.batch_size] for data in (task.train.x, task.train.y))
-        held = task.loss(module(x), y)
-    own = {p.data_ptr(): p.numel() * p.element_size() for p in module.parameters()}
-    del held
-    # Trials of one seed share their mini-batch, and all of them what is no parameter.
-    known = {*own, x.data_ptr(), y.data_ptr(), *(buffer.data_ptr() for buffer in module.buffers())}
-    return 4 * sum(own.values()) + 2 * sum(size for place, size in kept.items() if place not in known)
-
-
-def _cache() -> int:
-    """Bytes of a core's own cache."""
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-        if size > 0:
-            return size
-    return 2**20
 
 
 def _measured(ahead: Ahead, course: Course) -> float | None:

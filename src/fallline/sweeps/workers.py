@@ -34,8 +34,10 @@ from fallline.errors import FalllineError, InvalidSweep, RunDirectoryError
 from fallline.sweeps.packs import Block, Job, Pack, PackEnd, train_pack
 
 Message = Block | PackEnd
-# Below so many multiplications in all, starting processes takes longer than the training.
+# Below so many multiplications in all, starting processes takes longer than the training; above so many, no core is
+# done before processes have paid.
 WORTH_A_PROCESS = 5e8
+SURELY_WORTH_A_PROCESS = 1e10
 
 
 def worker_count(workers: int | str, *, device: torch.device) -> int:
