@@ -104,6 +104,16 @@ def parameters_of(width: int) -> int:
     return sum(p.numel() for p in mlp(width).parameters())
 
 
+def on_cores(count: int, sweep: Callable[[], fl.Result]) -> fl.Result:
+    """Sweeps with so many threads inside torch's operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return sweep()
+    finally:
+        torch.set_num_threads(before)
+
+
 def axes(device: str, quick: bool) -> list[Axis]:
     """What is measured; a quick run leaves out the larger sizes."""
     digits = partial(of_full_batches, fl.tasks.digits, 64)
@@ -146,9 +156,9 @@ def axes(device: str, quick: bool) -> list[Axis]:
         ),
         Axis(
             "cores",
-            "digits, 500 trials, 1,000 steps; size: workers",
+            "digits, 500 trials, 1,000 steps; size: workers, each of one thread",
             tuple(dict.fromkeys([1, *(2**k for k in range(1, 20) if 2**k < cores()), cores()])),
-            lambda size: sweep(digits(), 500, 1000, size),
+            lambda size: on_cores(size, lambda: sweep(digits(), 500, 1000, size)),
             "what is done once (checks, ranking), memory that cores share, and other work on the machine",
             inverse=True,
         ),
