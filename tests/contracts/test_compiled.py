@@ -200,8 +200,10 @@ def test_a_diverged_trial_is_frozen_and_disturbs_nobody(cache: Path):
     beside = sweep()
     alone = sweep(rates={**RATES, "sgd": [0.05, 0.05001]})
     stays = [0, 1, 2]
-    np.testing.assert_array_equal(beside.history.train_loss[stays], alone.history.train_loss[stays])
-    np.testing.assert_array_equal(beside.history.metric[stays], alone.history.metric[stays])
+    for record in ("train_loss", "metric"):
+        found, expected = getattr(beside.history, record), getattr(alone.history, record)
+        # Bit for bit with torch 2.13; with torch 2.6 a last bit may differ.
+        np.testing.assert_allclose(found[stays], expected[stays], rtol=1e-14, atol=0)
     assert beside.trials["status"].to_list()[3:6] == ["diverged"] * 3
     for trial in (3, 4, 5):
         losses = beside.history.train_loss[trial]

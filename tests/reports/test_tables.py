@@ -68,3 +68,13 @@ def test_a_result_of_nothing_but_divergence_is_told_as_such(make_result) -> None
     text = " ".join(summary(make_result(rates=3, seeds=4, steps=20, all_diverged=True)).split())
     assert text.startswith("Every optimizer diverged")
     assert "100 %" in text
+
+
+def test_a_table_is_text_and_nothing_more_in_a_notebook(result, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich takes a kernel for a screen of its own, and would show the table a second time."""
+    plain = summary(result)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    shown = []
+    monkeypatch.setattr("rich.jupyter.display", lambda *given: shown.append(given))
+    assert summary(result) == plain
+    assert not shown

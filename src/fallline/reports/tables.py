@@ -81,7 +81,10 @@ def summary(result: Result, width: int = COLUMNS) -> str:
 def _rendered(parts: list[RenderableType], width: int) -> str:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False)
+    # In a notebook Rich would show the table by itself, besides what is made of the text.
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False, force_jupyter=False
+    )
     with console.capture() as captured:
         for part in parts:
             console.print(part)
