@@ -53,6 +53,10 @@ class DeviceUnavailable(FalllineError, RuntimeError):
     """A device that this machine does not have."""
 
 
+class InvalidCourse(FalllineError, ValueError):
+    """Settings with which the course cannot be opened or written."""
+
+
 class TrainedSequentially(UserWarning):
     """A sweep goes on one trial at a time, because its model cannot be vectorised; the message says why."""
 

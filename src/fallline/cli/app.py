@@ -1,4 +1,4 @@
-"""The commands: `fit`, `sweep`, `report`, and the lists `tasks`, `optimizers`, `losses`."""
+"""The commands: `fit`, `sweep`, `report`, `check`, `learn`, and the lists `tasks`, `optimizers`, `losses`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from fallline import __version__
-from fallline.cli import options
+from fallline.cli import learn, options
 
 if TYPE_CHECKING:
     from fallline.sweeps.result import Result
@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(learn.app, name="learn")
 
 Task = Annotated[
     str,
