@@ -59,7 +59,9 @@ class Settings:
         unknown = set(given) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"there is no setting {sorted(unknown)[0]!r}")
-        made = {name: _number(name, value) if name != "optimizer" else value for name, value in given.items()}
+        made: dict[str, Any] = {
+            name: _number(name, value) if name != "optimizer" else value for name, value in given.items()
+        }
         for name in {"batch", "epochs", "seed"} & set(made):
             if made[name] != int(made[name]):
                 raise ValueError(f"{name} = {made[name]:g} must be a whole number")

@@ -13,8 +13,8 @@ from typing import Any
 from fallline.lessons.figures import size, themed
 
 Output = dict[str, Any]
-"""Its "kind" is "text" (with "stream" and "text"), "error" ("name", "value", "text"), "clear", or "figure" (with "source",
-and with "width" and "height" in pixels where they are known)."""
+"""Its "kind" is "text" (with "stream" and "text"), "error" ("name", "value", "text"), "clear" or "figure" (with
+"source", and "width" and "height" in pixels where they are known)."""
 
 LARGEST_FIGURE = 2_000_000
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import signal
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -27,6 +28,7 @@ MOST_BEHIND = 2000
 SECONDS_TO_STOP = 4.0
 SECONDS_WITHOUT_TABS = 60.0
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_SIGNS = 15.0
 SECONDS_TO_START = 60.0
 WARM = "import torch, matplotlib.pyplot"
 
@@ -85,6 +87,7 @@ class Session:
         self._kernel: Any = None
         self._client: Any = None
         self._count = 0
+        self._why = ""  # of a death that was asked for
         self._turn = asyncio.Lock()  # one request to the kernel at a time
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -95,7 +98,7 @@ class Session:
 
     # Tabs.
 
-    async def events(self) -> AsyncIterator[Event | None]:
+    async def events(self) -> AsyncGenerator[Event | None]:
         """Everything that happens from now on, after what there is already; None is nothing, now and then."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue(MOST_BEHIND)
         self._tabs.add(queue)
@@ -110,8 +113,9 @@ class Session:
                 "cells": [ran.shown for ran in self.cells.values()],
             }
             while True:
-                try:
-                    event = await asyncio.wait_for(queue.get(), 15)
+                try:  # not wait_for, which in Python 3.11 can lose the news that a tab is gone
+                    async with asyncio.timeout(SECONDS_BETWEEN_SIGNS):
+                        event = await queue.get()
                 except TimeoutError:
                     yield None
                     continue
@@ -185,12 +189,11 @@ class Session:
         self.stop_move()
         if self.running is not None:
             self.running.state = "stopped"
-        self.notice(why)
-        kernel, self._kernel = self._kernel, None
-        self._say("restarting")
-        if kernel is not None:
-            await self._ended(kernel)
-        self._wake.set()
+        self._why = why
+        if self._kernel is not None:
+            with contextlib.suppress(Exception):
+                await self._kernel.signal_kernel(signal.SIGKILL)
+        self._wake.set()  # the worker finds it dead
 
     def skip(self) -> None:
         """Forgets the cells that wait."""
@@ -204,9 +207,7 @@ class Session:
         self.state = "closed"
         for task in (self._worker, self._stopping, self._move, self._end):
             if task is not None and task is not asyncio.current_task():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
+                await _cancelled(task)
         self._worker = self._stopping = self._move = None
         kernel, self._kernel = self._kernel, None
         if kernel is not None:
@@ -306,7 +307,8 @@ class Session:
                 await self._mourn(death)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 2 * SECONDS_BETWEEN_LOOKS)
+                async with asyncio.timeout(2 * SECONDS_BETWEEN_LOOKS):
+                    await self._wake.wait()
             self._wake.clear()
             if self._kernel is not None and not await self._kernel.is_alive():
                 await self._mourn(KernelDied())
@@ -343,7 +345,7 @@ class Session:
         try:
             failed = await self._follow(ran, request)
         except KernelDied:
-            ran.state = "failed"
+            ran.state = "stopped" if ran.state == "stopped" else "failed"
             self._finish(ran, began)
             raise
         finally:
@@ -437,9 +439,11 @@ class Session:
         self.skip()
         told = f" ({death})" if str(death) else ""
         self.notice(
-            f"The kernel died{told}: the code ended its process, or took more memory than there is. It was started "
+            self._why
+            or f"The kernel died{told}: the code ended its process, or took more memory than there is. It was started "
             "anew; its variables are gone, so run the cells above again."
         )
+        self._why = ""
         self._say("restarting")
         await self._ended(kernel)
 
@@ -461,3 +465,10 @@ class Session:
     def _say(self, state: str) -> None:
         self.state = state
         self.tell("kernel", state=state)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Ends a task; one that waits in somebody else's code can lose the word, so it is asked until it is gone."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.5)

@@ -89,7 +89,7 @@ axes.set(
     xlabel="input",
     ylabel="target and prediction",
 )
-axes.legend()
+axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown] {"caption": true}
@@ -192,7 +192,7 @@ print(f"the squared error with {-slope_of_squares[wrong].item():.4f}")
 # close to 1; that of the squared error goes to 0, as it does on the right.
 
 # %% [markdown]
-# At a logit of {{ f"{z[wrong].item():g}" }} cross-entropy pulls
+# At a logit of ${ {{ f"{z[wrong].item():g}" }} }$ cross-entropy pulls
 # {{ f"{(slope_of_entropy[wrong] / slope_of_squares[wrong]).item():,.0f}" }} times as hard. The model that most needs to
 # learn is the one that the squared error leaves alone.
 #
@@ -243,7 +243,7 @@ print(f"Loss: {loss.item():.4f}")
 
 # %% [markdown]
 # The loss is **{{ f"{loss.item():.4f}" }}**: torch's random start for seed 0 is the line
-# $\hat y = {{ f"{model.linear.weight.item():.4f}" }}\,x + {{ f"{model.linear.bias.item():.4f}" }}$, which misses the
+# $\hat y = { {{ f"{model.linear.weight.item():.4f}" }} }\,x + {{ f"{model.linear.bias.item():.4f}" }}$, which misses the
 # three targets by {{ ", ".join(f"{e:.2f}" for e in (targets - model(inputs)).flatten().tolist()) }}.
 # Change the seed, run both cells again (Ctrl+Enter), and you have another line and another loss.
 

@@ -88,7 +88,7 @@ plt.show()
 # %% [markdown]
 # Huber's loss is squared for errors smaller than $\delta$ and grows like a straight line beyond:
 #
-# $$L_\delta(e) = \tfrac{1}{2}e^2 \;\text{ if } |e| \le \delta, \qquad \delta\left(|e| - \tfrac{1}{2}\delta\right)\;\text{ otherwise.}$$
+# $$L_\delta(e) = \begin{cases} \frac{1}{2}e^2 & |e| \le \delta \\ \delta\left(|e| - \frac{1}{2}\delta\right) & \text{otherwise} \end{cases}$$
 #
 # What counts is the gradient: the squared error pulls in proportion to the error, so the farthest point pulls hardest.
 # Huber's gradient never exceeds $\delta$, so two points cannot outvote eighteen. Choose $\delta$ as the size of an error that

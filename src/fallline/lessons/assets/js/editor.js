@@ -38,7 +38,7 @@ const colours = HighlightStyle.define([
  */
 export function makeEditor(parent, code, label, does) {
   const press = (action) => () => (action(), true);
-  return new EditorView({
+  const editor = new EditorView({
     parent,
     state: EditorState.create({
       doc: code,
@@ -54,12 +54,17 @@ export function makeEditor(parent, code, label, does) {
         python(),
         syntaxHighlighting(colours),
         look,
-        EditorView.contentAttributes.of({ "aria-label": label, spellcheck: "false", autocapitalize: "off" }),
+        EditorView.contentAttributes.of({ "aria-label": label, tabindex: "0", spellcheck: "false", autocapitalize: "off" }),
         EditorView.updateListener.of((update) => { if (update.docChanged) does.changed(); }),
         keymap.of([...closeBracketsKeymap, ...defaultKeymap, ...historyKeymap]),
       ],
     }),
   });
+  // CodeMirror draws the lines near the window only, unless it prints. Cells are short: all their lines are drawn, so that
+  // a search in the page, a picture of it and a screen reader find them.
+  editor.viewState.printing = true;
+  editor.requestMeasure();
+  return editor;
 }
 
 /** Replaces all of an editor's code. */

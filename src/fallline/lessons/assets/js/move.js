@@ -31,7 +31,10 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const short = (value) => (value === null ? "beyond all numbers" : Number(value.toPrecision(4)).toString());
+function short(value) {
+  if (value === null) return "beyond all numbers";
+  return Math.abs(value) >= 1e6 ? value.toExponential(2) : Number(value.toPrecision(4)).toString();
+}
 
 class Move {
   constructor(element) {
@@ -105,11 +108,10 @@ class Move {
       this.controls, this.guess,
       make("div", { class: "playing" }, this.start, this.hold, this.end, this.problem),
       make("div", { class: "plots" },
-        make("figure", {}, make("figcaption", {}, "The loss over weight and bias, and the way that was taken"), this.surface.svg),
+        make("figure", {}, make("figcaption", {}, "The way over the loss of weight and bias"), this.surface.svg),
         make("figure", {}, make("figcaption", {}, "The loss after every epoch (logarithmic)"), this.curve.svg)),
-      make("label", { class: "scrub" }, "epoch", this.scrub),
+      make("div", { class: "look" }, make("label", { class: "scrub" }, "Look at epoch", this.scrub), this.here),
       make("div", { class: "told", role: "status" }, this.known, this.verdict, this.judged),
-      this.here,
     );
     stage.hidden = false;
   }
@@ -145,7 +147,7 @@ class Move {
     try {
       const told = await ask("expect", { settings: this.asked });
       this.say("");
-      this.known.textContent = this.state === "still" && !this.guessed ? "Guess, then train." : told.text;
+      this.known.textContent = "Guess, then train.";
       this.expected = told.text;
       this.surface.landscape(told.hessian);
       this.mark(told);
@@ -161,8 +163,10 @@ class Move {
     this.marks.replaceChildren();
     if (critical === null) return;
     const at = (Math.log10(critical) - SLOWEST) / (FASTEST - SLOWEST);
-    const label = make("span", { class: "critical" }, `▲ ${bound}`);
-    label.style.left = `${100 * Math.min(0.8, Math.max(0.2, at))}%`;
+    const label = make("span", { class: "critical" }, at < 0.6 ? `▲ ${bound}` : `${bound} ▲`);
+    // The middle of the slider's thumb is never nearer to an end than its radius, of 8 pixels.
+    label.style.left = `calc(8px + ${at} * (100% - 16px))`;
+    label.classList.toggle("leftward", at >= 0.6);
     this.marks.append(label);
     this.slider.setAttribute("aria-description", `critical learning rate: ${bound}`);
   }
@@ -215,7 +219,6 @@ class Move {
     this.hold.disabled = !runs || this.state === "waiting";
     this.hold.textContent = this.state === "paused" ? "Go on" : "Pause";
     this.end.disabled = !runs;
-    if (!runs && this.valid && !this.problem.textContent && !this.guessed) this.known.textContent ||= "Guess, then train.";
   }
 
   show() {

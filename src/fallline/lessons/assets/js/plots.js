@@ -23,8 +23,10 @@ const scale = ([low, high], from, to) => (value) => from + ((value - low) / (hig
 const inverse = ([low, high], from, to) => (at) => low + ((at - from) / (to - from)) * (high - low);
 const across = [ROOM.left, WIDTH - ROOM.right];
 const upward = [HEIGHT - ROOM.bottom, ROOM.top];
-// What lies far outside is drawn just outside, where it is cut off: SVG has bounds of its own.
-const bounded = (value) => Math.max(-2000, Math.min(2000, value));
+// A way is drawn until it is so many pixels away from the plot.
+const FAR = 3000;
+const near = ([x, y]) => Math.abs(x) < FAR && Math.abs(y) < FAR;
+const bounded = (value) => Math.max(-FAR, Math.min(FAR, value));
 let clips = 0;
 
 function frame(label, role) {
@@ -122,18 +124,20 @@ export class Surface {
   }
 
   path(points) {
-    const drawn = points.filter((point) => point[1] !== null && point[2] !== null).map((point) => [this.x(point[1]), this.y(point[2])]);
+    const all = points.map((point) => (point[1] === null || point[2] === null ? [Infinity, 0] : [this.x(point[1]), this.y(point[2])]));
+    const gone = all.findIndex((at) => !near(at));
+    const drawn = gone < 0 ? all : all.slice(0, gone);
     this.way.setAttribute("d", line(drawn));
     const dots = drawn.length > DOTS ? [] : drawn;
-    this.dots.replaceChildren(...dots.map(([cx, cy]) => draw("circle", { cx: bounded(cx), cy: bounded(cy), r: 2 })));
+    this.dots.replaceChildren(...dots.map(([cx, cy]) => draw("circle", { cx, cy, r: 2 })));
   }
 
   mark(point) {
-    const there = point && point[1] !== null;
+    const there = point && point[1] !== null && near([this.x(point[1]), this.y(point[2])]);
     this.now.setAttribute("visibility", there ? "visible" : "hidden");
     if (!there) return;
-    this.now.setAttribute("cx", bounded(this.x(point[1])));
-    this.now.setAttribute("cy", bounded(this.y(point[2])));
+    this.now.setAttribute("cx", this.x(point[1]));
+    this.now.setAttribute("cy", this.y(point[2]));
   }
 }
 
@@ -150,7 +154,7 @@ export class Curve {
     for (const power of [-4, -2, 0, 2, 4]) {
       const at = y(power);
       inside.append(draw("path", { class: "gridline", d: `M${across[0]},${at}H${across[1]}` }));
-      label(svg, ROOM.left - 8, at + 4, power ? `1e${power}` : "1", { "text-anchor": "end" });
+      label(svg, ROOM.left - 8, at + 4, power ? `10${"⁻".repeat(power < 0)}${"⁰¹²³⁴"[Math.abs(power)]}` : "1", { "text-anchor": "end" });
     }
     label(svg, (across[0] + across[1]) / 2, HEIGHT - 3, "epoch");
     this.curve = draw("path", { class: "curve" });
