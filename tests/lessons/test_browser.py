@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.lessons.conftest import Served
 
 from fallline.lessons import course as course_module
 from fallline.lessons.course import ORDER, Code, Question
-from tests.lessons.conftest import Served
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
 expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
@@ -311,7 +311,9 @@ def test_the_keyboard_alone_suffices(open_page: Opened):
     reached = set()
     for _ in range(400):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("() => `${document.activeElement.getAttribute('class')}#${document.activeElement.id}`"))
+        reached.add(
+            page.evaluate("() => `${document.activeElement.getAttribute('class')}#${document.activeElement.id}`")
+        )
         if page.evaluate("document.activeElement.closest('.onward') !== null"):
             break
     else:

@@ -21,7 +21,7 @@ def notebook(shown: Lesson) -> dict[str, Any]:
     title = (
         f"# {header.title}\n\n{header.course} · Module {header.module} of {header.modules} · {header.level} · "
         f"{header.minutes} min\n\n{header.summary}\n\n*The outputs below were made on {stamp.date} with torch "
-        f"{stamp.torch}. Run the cells from top to bottom to make them anew.*"
+        f"{stamp.torch}, seed {header.seed}. Run the cells from top to bottom to make them anew.*"
     )
     cells = [_markdown(title)]
     for block in shown.blocks:

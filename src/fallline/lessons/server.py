@@ -87,6 +87,8 @@ class Course:
         name = request.path_params["page"]
         if name not in ORDER:
             return PlainTextResponse("There is no such page.", 404)
+        if self.session(name).full:
+            return PlainTextResponse("The page is open too often: close some of its tabs.", 429)
 
         async def stream() -> AsyncIterator[str]:
             async with contextlib.aclosing(self.session(name).events()) as events:

@@ -23,6 +23,7 @@ Event = dict[str, Any]
 LARGEST_TEXT = 100_000
 MOST_OUTPUTS = 200
 MOST_WAITING = 100
+MOST_TABS = 20
 # A tab that cannot follow so many events is dropped; its browser asks again, and gets what there is by then.
 MOST_BEHIND = 2000
 SECONDS_TO_STOP = 4.0
@@ -126,6 +127,11 @@ class Session:
             self._tabs.discard(queue)
             if not self._tabs and self.state != "closed":
                 self._end = asyncio.create_task(self._end_soon())
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many tabs as one learner can look at."""
+        return len(self._tabs) >= MOST_TABS
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Sends an event to every tab."""
