@@ -10,7 +10,7 @@ from fallline.lessons.course import ORDER, Code, Component, Question, course, le
 
 
 def test_a_page_that_is_not_there_is_named() -> None:
-    with pytest.raises(UnknownName, match="no page 'which-los'.* Did you mean 'which-loss'"):
+    with pytest.raises(UnknownName, match=r"no page 'which-los'.* Did you mean 'which-loss'"):
         lesson("which-los")
 
 
