@@ -35,7 +35,8 @@ def learn(
         str, typer.Option(help="Whose progress is kept. [dim]\\[default: this machine's user][/]", show_default=False)
     ] = "",
     memory: Annotated[
-        float | None, typer.Option(min=0.5, help="GiB for the code of a page. [dim]\\[default: half, at most 4][/]")
+        float | None,
+        typer.Option(min=0.5, max=1e6, help="GiB for the code of a page. [dim]\\[default: half, at most 4][/]"),
     ] = None,
     repository: Repository = "",
 ) -> None:
@@ -46,7 +47,7 @@ def learn(
 
     start.serve(
         port=port,
-        progress=progress.file_of(learner or getpass.getuser()),
+        progress=progress.file_of(learner or _user()),
         repository=_checked(repository),
         memory=None if memory is None else int(memory * 1024**3),
         browser=browser,
@@ -84,6 +85,14 @@ def export(
         typer.echo(path)
 
 
+def _user() -> str:
+    """This machine's user; "learner" where nobody knows them, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return "learner"
+
+
 def _checked(repository: str) -> str:
     """A repository as it stands in an address, or nothing.
 
@@ -95,7 +104,7 @@ def _checked(repository: str) -> str:
     from fallline.errors import InvalidCourse
 
     given = repository.strip("/")
-    if given and not re.fullmatch(r"[\w.-]+/[\w.-]+/blob/[\w./-]+", given):
+    if given and (not re.fullmatch(r"[\w.-]+/[\w.-]+/blob/[\w./-]+", given) or {".", ".."} & {*given.split("/")}):
         raise InvalidCourse(
             f"--repository {repository!r} is not OWNER/NAME/blob/BRANCH/FOLDER, as in the address of the folder."
         )

@@ -24,7 +24,9 @@ SAME_POINTS = 0.05
 
 
 def themed(svg: str) -> str:
-    """A figure whose colours follow the reader's preference for light or dark."""
+    """A figure whose colours follow the reader's preference for light or dark; one of another make stays as it is."""
+    if "<svg" not in svg or size(svg) is None:
+        return svg
     names = {light: f"var(--c{i})" for i, light in enumerate(COLOURS)}
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: names.get(found[0], found[0]), svg)
     light = "".join(f"--c{i}:{value};" for i, value in enumerate(COLOURS))
@@ -35,10 +37,11 @@ def themed(svg: str) -> str:
     return svg[start:end] + style + svg[end:]
 
 
-def size(svg: str) -> tuple[int, int]:
-    """Width and height of a figure, in pixels of 1/96 inch."""
-    found = re.search(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"', svg, re.DOTALL)
-    assert found is not None, "a figure without a size"
+def size(svg: str) -> tuple[int, int] | None:
+    """Width and height of a figure that matplotlib drew, in pixels of 1/96 inch; None for others."""
+    found = re.search(r'<svg [^>]*?viewBox="0 0 (\d+\.?\d*) (\d+\.?\d*)"', svg, re.DOTALL)
+    if found is None:
+        return None
     return round(float(found[1]) * 96 / 72), round(float(found[2]) * 96 / 72)
 
 
@@ -52,7 +55,7 @@ def same_figure(one: str, other: str) -> bool:
     """
     pairs = [_parts(one), _parts(other)]
     return pairs[0][0] == pairs[1][0] and all(
-        abs(float(a) - float(b)) <= SAME_POINTS for a, b in zip(pairs[0][1], pairs[1][1], strict=True)
+        a == b or abs(float(a) - float(b)) <= SAME_POINTS for a, b in zip(pairs[0][1], pairs[1][1], strict=True)
     )
 
 

@@ -53,9 +53,10 @@ def _figure(kind: str, content: str) -> Output:
         return _text(f"(a figure of {len(content) / 1e6:.1f} MB is not shown)\n", "stderr")
     if kind == "image/png":
         return {"kind": "figure", "source": f"data:{kind};base64,{content.strip()}"}
-    width, height = size(content)
     encoded = base64.b64encode(themed(content).encode()).decode()
-    return {"kind": "figure", "source": f"data:{kind};base64,{encoded}", "width": width, "height": height}
+    figure = {"kind": "figure", "source": f"data:{kind};base64,{encoded}"}
+    known = size(content)
+    return figure if known is None else {**figure, "width": known[0], "height": known[1]}
 
 
 def _text(text: str, stream: str) -> Output:

@@ -16,6 +16,7 @@ from fallline.errors import InvalidCourse
 
 VERSION = 1
 LARGEST_FILE = 4 * 1024 * 1024
+LONGEST_NAME = 200  # in bytes; what a file is called may have 255
 NAME = re.compile(r"[\w.@-]{1,64}")
 
 
@@ -29,7 +30,7 @@ def file_of(learner: str, folder: Path | None = None) -> Path:
     Raises:
         InvalidCourse: for a name that cannot be a file's.
     """
-    if not NAME.fullmatch(learner) or not learner.strip("."):
+    if not NAME.fullmatch(learner) or not learner.strip(".") or len(learner.encode()) > LONGEST_NAME:
         raise InvalidCourse(f"--learner {learner!r} cannot name a file: use letters, digits, and any of _ . @ -")
     return (folder or user_data_path("fallline") / "learn") / f"{learner}.json"
 
@@ -48,10 +49,8 @@ class Progress:
         if path.exists():
             try:
                 self.pages = _checked(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, OSError) as error:
-                aside = path.with_suffix(".unreadable.json")
-                path.replace(aside)
-                self.complaint = f"Your progress could not be read ({error}); it is kept in {aside}."
+            except (ValueError, OSError, RecursionError) as error:
+                self.complaint = f"Your progress could not be read ({error}); it is kept in {_set_aside(path)}."
 
     def page(self, name: str) -> dict[str, Any]:
         """What was done on a page: `answers`, `guesses`, `code` and `place`."""
@@ -90,12 +89,25 @@ class Progress:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.stem, suffix=".part")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).replace(self.path)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                Path(name).replace(self.path)
+            except OSError:
+                Path(name).unlink(missing_ok=True)
+                raise
             self.complaint = ""
         except OSError as error:
             self.complaint = f"Your progress cannot be saved in {self.path}: {error.strerror or error}."
+
+
+def _set_aside(path: Path) -> Path:
+    """Renames a file to a name that is free, and that is no learner's."""
+    count = 1
+    while (aside := path.with_name(f"{path.name}.unreadable-{count}")).exists():
+        count += 1
+    path.replace(aside)
+    return aside
 
 
 def _checked(found: Any) -> dict[str, dict[str, Any]]:
@@ -112,6 +124,7 @@ def _check_page(given: Any) -> None:
     Raises:
         ValueError: for anything else.
     """
+    json.dumps(given, ensure_ascii=False).encode()  # half a letter cannot be written
     if not isinstance(given, Mapping) or set(given) - {"answers", "guesses", "code", "place"}:
         raise ValueError("progress has answers, guesses, code and a place")
     for key, entries in given.items():

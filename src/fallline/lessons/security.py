@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -51,16 +50,18 @@ class Guard:
         self.token = token
         self.cookie = f"fallline-{port}"  # cookies are shared by all the ports of a host
         self.secret = secrets.token_urlsafe(32)
-        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
-        if port == 80:
-            self.hosts |= {"127.0.0.1", "localhost", "[::1]"}
+        names = {"127.0.0.1", "localhost", "[::1]"}
+        self.hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
+        self.origins = {f"http://{host}" for host in self.hosts}
         self.bucket = Bucket(REQUESTS_AT_ONCE, REQUESTS_PER_SECOND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
         if scope["type"] != "http":  # there are no web sockets
             await receive()
             await send({"type": "websocket.close", "code": 1008})
@@ -74,7 +75,10 @@ class Guard:
         if refusal is not None:
             await _answer(send, *refusal)
             return
-        body = await _body(receive) if scope["method"] not in SAFE else b""
+        try:
+            body = await _body(receive) if scope["method"] not in SAFE else b""
+        except ConnectionError:
+            return
         if body is None:
             await _answer(send, 413, f"A request may have {LARGEST_BODY // 1024} KiB.")
             return
@@ -96,31 +100,28 @@ class Guard:
 
         await self.app(scope, replayed, secured)
 
-    def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str] | None:
-        """Why a request is refused, whoever sent it."""
-        if headers.get("host", "") not in self.hosts:
+    def _refusal(self, scope: Scope, headers: Mapping[str, list[str]]) -> tuple[int, str] | None:
+        """Why a request is refused, whoever sent it. Of a header that is given more than once every value counts."""
+        hosts, origins, sites = (headers.get(name, []) for name in ("host", "origin", "sec-fetch-site"))
+        if not hosts or not self.hosts.issuperset(hosts):
             return 421, "This server answers on this machine's own address only."
-        origin = headers.get("origin")
-        if origin is not None and origin.removeprefix("http://") not in self.hosts:
+        if not self.origins.issuperset(origins) or not {"same-origin", "none"}.issuperset(sites):
             return 403, "The request comes from another site."
-        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            return 403, "The request comes from another site."
-        if origin is None and scope["method"] not in SAFE:
+        if not origins and scope["method"] not in SAFE:
             return 403, "The request does not say where it comes from."
         if not self.bucket.take():
             return 429, "Too many requests: wait a second."
         return None
 
     def _opens(self, scope: Scope) -> bool:
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        return scope["path"] == "/" and secrets.compare_digest(given.encode(), self.token.encode())
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+        return scope["path"] == "/" and len(given) == 1 and _same(given[0], self.token)
 
-    def _knows(self, headers: Mapping[str, str]) -> bool:
-        try:
-            found = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
-        except CookieError:
-            return False
-        return found is not None and secrets.compare_digest(found.value.encode(), self.secret.encode())
+    def _knows(self, headers: Mapping[str, list[str]]) -> bool:
+        # Not by http.cookies, which gives up on all cookies where another server of this host has set an odd one.
+        pairs = [pair.strip().partition("=") for line in headers.get("cookie", []) for pair in line.split(";")]
+        found = [value for name, _, value in pairs if name == self.cookie]
+        return len(found) == 1 and _same(found[0], self.secret)
 
     def _set_cookie(self) -> str:
         return f"{self.cookie}={self.secret}; HttpOnly; SameSite=Strict; Path=/"
@@ -152,15 +153,25 @@ class Bucket:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """A request's body, or None where it is too large."""
+    """A request's body, or None where it is too large.
+
+    Raises:
+        ConnectionError: when it ends before its end.
+    """
     found = bytearray()
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError
         found += message.get("body", b"")
         if len(found) > LARGEST_BODY:
             return None
         if not message.get("more_body"):
             return bytes(found)
+
+
+def _same(given: str, expected: str) -> bool:
+    return secrets.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())
 
 
 async def _answer(send: Send, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:

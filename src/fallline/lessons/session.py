@@ -312,6 +312,9 @@ class Session:
             except KernelDied as death:
                 await self._mourn(death)
                 continue
+            except Exception as error:  # a defect of ours must not leave a page without its worker
+                self.notice(f"Something went wrong here, not in your code: {error!r}.")
+                self._say("ready")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * SECONDS_BETWEEN_LOOKS):
                     await self._wake.wait()
