@@ -56,6 +56,8 @@ class Settings:
         >>> Settings.of({"optimizer": "adam", "lr": 0.3}).lr
         0.3
         """
+        if not isinstance(given, Mapping):
+            raise ValueError("settings are numbers by name")
         unknown = set(given) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"there is no setting {sorted(unknown)[0]!r}")
@@ -73,7 +75,7 @@ class Settings:
         ):  # fmt: skip
             if not low <= getattr(settings, name) <= high:
                 raise ValueError(f"{name} = {getattr(settings, name):g} must lie between {low:g} and {high:g}")
-        if settings.optimizer not in OPTIMIZERS:
+        if not isinstance(settings.optimizer, str) or settings.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer = {settings.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
         return settings
 
