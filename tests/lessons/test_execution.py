@@ -105,7 +105,10 @@ def is_code(cell: Any) -> bool:
         (figure(">target<", ">prey<"), "Every error as a square.*another figure"),
         (moved(1.0), "another figure"),
         (lambda notebook: notebook["cells"].pop(), "cells"),
-        (lambda notebook: notebook["cells"][4]["outputs"].clear(), "other outputs"),
+        (
+            lambda notebook: next(cell for cell in notebook["cells"] if cell.get("outputs"))["outputs"].clear(),
+            "other outputs",
+        ),
         (lambda notebook: notebook["metadata"]["fallline"].update(minutes=9), "header"),
     ],
 )

@@ -29,7 +29,7 @@ from fallline.lessons import kernels
 from fallline.lessons.course import EXECUTED, ORDER, SOURCES
 from fallline.lessons.figures import same_figure
 
-NUMBER = re.compile(r"\{\{ (.+?) \}\}", re.DOTALL)
+NUMBER = re.compile(r"\{\{\s(.+?)\s\}\}", re.DOTALL)
 SECONDS_FOR_A_CELL = 120
 
 
@@ -91,6 +91,8 @@ async def _executed(notebook: Any) -> Any:
                     await client.async_execute_cell(cell, position)
                 (version,) = await client.values(["__import__('torch').__version__"])
         finally:
+            if client.kc is not None:
+                client.kc.stop_channels()
             await kernel.shutdown_kernel(now=True)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     own = notebook.metadata["fallline"]
