@@ -306,3 +306,10 @@ def test_writing_the_course_needs_nothing_heavy(tmp_path: Path):
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.stderr == ""
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_options_of_another_command_are_not_ignored(fallline):
+    ended = fallline("learn", "--repository", "nonsense", "export", "--notebook")
+    assert (ended.code, ended.out) == (2, "")
+    assert "give it after export" in plain(ended.err)
+    assert not list(Path().iterdir())

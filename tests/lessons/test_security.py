@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,8 +145,15 @@ def refused(answer: Answer, status: int) -> bool:
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("host", ALLOWED)
 def test_the_servers_own_names_are_answered(server: Server, host: str, method: str):
-    answer = server.ask(method, lines=server.changed(method, host=host))
+    own = {"host": host, "origin": f"http://{host}" if method == "POST" else None}
+    answer = server.ask(method, lines=server.changed(method, **own))
     assert (answer.status, answer.reached) == (200, True)
+
+
+def test_one_name_of_this_machine_is_no_page_of_another(server: Server):
+    """The server listens on one address of the machine; on another there may be somebody else."""
+    for host, other in itertools.permutations(ALLOWED, 2):
+        assert refused(server.ask("POST", lines=server.changed("POST", host=host, origin=f"http://{other}")), 403)
 
 
 @pytest.mark.parametrize(

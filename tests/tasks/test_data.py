@@ -236,7 +236,16 @@ class Interrupted(Pairs):
         return super().__getitem__(index)
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As at a terminal; a process that a shell has put into the background is born deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @forks
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 @pytest.mark.parametrize(("dataset", "error"), [(Interrupted(), KeyboardInterrupt), (Failing(), InvalidTask)])
 def test_no_process_is_left_behind(dataset: Pairs, error: type[BaseException]) -> None:
     with pytest.raises(error) as held:  # with it the whole traceback

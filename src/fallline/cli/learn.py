@@ -42,6 +42,9 @@ def learn(
 ) -> None:
     """Open the course on loss functions and optimization in a browser: read it, run it, change it."""
     if context.invoked_subcommand is not None:
+        for name in context.params:
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+                raise typer.BadParameter(f"give it after {context.invoked_subcommand}.", param_hint=f"--{name}")
         return
     from fallline.lessons import progress, start
 

@@ -37,6 +37,11 @@ def themed(svg: str) -> str:
     return svg[start:end] + style + svg[end:]
 
 
+def on_white(svg: str) -> str:
+    """A figure with a ground of its own, for a notebook, which is light or dark without telling its figures."""
+    return svg.replace("<svg ", '<svg style="background: #ffffff" ', 1)
+
+
 def size(svg: str) -> tuple[int, int] | None:
     """Width and height of a figure that matplotlib drew, in pixels of 1/96 inch; None for others."""
     found = re.search(r'<svg [^>]*?viewBox="0 0 (\d+\.?\d*) (\d+\.?\d*)"', svg, re.DOTALL)

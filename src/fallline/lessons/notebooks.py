@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fallline.lessons.course import ORDER, Code, Component, Lesson, Prose, Question, lesson
-from fallline.lessons.figures import themed
+from fallline.lessons.figures import on_white
 
 
 def notebook(shown: Lesson) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _code(block: Code) -> dict[str, Any]:
     outputs = [dict(output) for output in block.outputs]
     for output in outputs:
         if "image/svg+xml" in output.get("data", {}):
-            output["data"] = {**output["data"], "image/svg+xml": themed(output["data"]["image/svg+xml"])}
+            output["data"] = {**output["data"], "image/svg+xml": on_white(output["data"]["image/svg+xml"])}
     source = f"# {block.title}\n{block.source}"
     return {"cell_type": "code", "execution_count": None, "metadata": {}, "source": source, "outputs": outputs}
 

@@ -52,7 +52,6 @@ class Guard:
         self.secret = secrets.token_urlsafe(32)
         names = {"127.0.0.1", "localhost", "[::1]"}
         self.hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
-        self.origins = {f"http://{host}" for host in self.hosts}
         self.bucket = Bucket(REQUESTS_AT_ONCE, REQUESTS_PER_SECOND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,10 +101,13 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: Mapping[str, list[str]]) -> tuple[int, str] | None:
         """Why a request is refused, whoever sent it. Of a header that is given more than once every value counts."""
+        # The names of this machine are not taken for each other: on another of its addresses somebody else may listen.
         hosts, origins, sites = (headers.get(name, []) for name in ("host", "origin", "sec-fetch-site"))
         if not hosts or not self.hosts.issuperset(hosts):
             return 421, "This server answers on this machine's own address only."
-        if not self.origins.issuperset(origins) or not {"same-origin", "none"}.issuperset(sites):
+        if not {f"http://{host}" for host in hosts}.issuperset(origins) or not {"same-origin", "none"}.issuperset(
+            sites
+        ):
             return 403, "The request comes from another site."
         if not origins and scope["method"] not in SAFE:
             return 403, "The request does not say where it comes from."
@@ -121,7 +123,7 @@ class Guard:
         # Not by http.cookies, which gives up on all cookies where another server of this host has set an odd one.
         pairs = [pair.strip().partition("=") for line in headers.get("cookie", []) for pair in line.split(";")]
         found = [value for name, _, value in pairs if name == self.cookie]
-        return len(found) == 1 and _same(found[0], self.secret)
+        return any(_same(value, self.secret) for value in found)
 
     def _set_cookie(self) -> str:
         return f"{self.cookie}={self.secret}; HttpOnly; SameSite=Strict; Path=/"

@@ -23,6 +23,7 @@ Event = dict[str, Any]
 LARGEST_TEXT = 100_000
 MOST_OUTPUTS = 200
 MOST_WAITING = 100
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 MOST_TABS = 20
 # A tab that cannot follow so many events is dropped; its browser asks again, and gets what there is by then.
 MOST_BEHIND = 2000
@@ -198,7 +199,7 @@ class Session:
         self._why = why
         if self._kernel is not None:
             with contextlib.suppress(Exception):
-                await self._kernel.signal_kernel(signal.SIGKILL)
+                await self._kernel.signal_kernel(KILL)
         self._wake.set()  # the worker finds it dead
 
     def skip(self) -> None:
@@ -353,7 +354,7 @@ class Session:
         request = self._client.execute(ran.code, allow_stdin=False, stop_on_error=True)
         try:
             failed = await self._follow(ran, request)
-        except KernelDied:
+        except Exception:
             ran.state = "stopped" if ran.state == "stopped" else "failed"
             self._finish(ran, began)
             raise

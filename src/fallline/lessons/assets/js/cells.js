@@ -113,8 +113,14 @@ class Cell {
 
 /** Runs cells, one after the other. */
 function run(chosen) {
-  for (const cell of chosen) if (cell.saving) cell.save();
-  ask("run", { cells: chosen.map((cell) => ({ cell: cell.name, code: cell.code() })) }).catch(complain);
+  for (const cell of chosen) {
+    if (cell.saving) cell.save();
+    if (cell.element.dataset.state !== "running") cell.become({ state: "queued" });
+  }
+  ask("run", { cells: chosen.map((cell) => ({ cell: cell.name, code: cell.code() })) }).catch((error) => {
+    for (const cell of chosen) cell.become({ state: "skipped" });
+    complain(error);
+  });
 }
 
 /** Makes the listings of the page into cells. */
