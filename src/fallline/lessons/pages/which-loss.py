@@ -387,7 +387,8 @@ print(f"the lowest loss that two softmaxes allow for three classes: {floor:.4f}"
 # becomes: for a thousand the floor lies at {{ f"{math.log(math.e + 999) - 1:.2f}" }}, where knowing nothing costs
 # {{ f"{math.log(1000):.2f}" }}.
 #
-# You will not see this in a curve. `fallline check` sees it in the numbers that the loss is given:
+# You will not see this in a curve. `fallline check` sees it in the numbers that the loss is given. In Python it is a
+# function of the task; on the command line, `fallline check my_task.py:task` says the same of a task in a file.
 
 # %% Found by fallline check {"needs": "fallline"}
 import fallline as fl
