@@ -2,8 +2,8 @@
 
     python benchmarks/lessons.py [--repeats 5] [--write]
 
-Drives `fallline learn` with a real browser (Chromium and Playwright must be installed). The table has medians, lowest and
-highest of:
+Drives `fallline learn` with a real browser (Chromium and Playwright must be installed). The table has medians and
+extremes of:
 
 - *server*: from starting the command, Python included, until it prints its address, which it answers at then;
 - *first paint*: of the first page, from asking for it, in a browser that has seen nothing;

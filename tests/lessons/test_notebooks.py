@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -77,7 +78,10 @@ def test_the_outputs_are_there_before_anything_is_run(name: str):
         for output in cell["outputs"]:
             assert output["output_type"] in ("stream", "display_data", "execute_result")
             if "data" in output:
-                assert "(prefers-color-scheme:dark)" in output["data"]["image/svg+xml"]
+                svg = output["data"]["image/svg+xml"]
+                assert '<svg style="background: #ffffff" ' in svg, "a notebook may be dark, and tells nobody"
+                assert "prefers-color-scheme" not in svg
+                ElementTree.fromstring(svg)
     assert any("data" in output for cell in found for output in cell["outputs"])
 
 
