@@ -205,7 +205,7 @@ def _() -> None:
 @of("slow-floor")
 def _() -> None:
     steep, flat = 50.0, 0.5
-    lr = 0.99 * 2 / steep
+    lr = 0.9 * 2 / steep
     assert quadratic(flat, lr, steps=50)[-1] > 0.3, "slow along the floor"
     assert quadratic(flat, 1.9 / flat, steps=50)[-1] < 0.01, "where a larger rate would be faster"
     assert quadratic(steep, 1.9 / flat, steps=50)[-1] > 1e100, "and the steep direction diverges"
@@ -335,7 +335,9 @@ def _() -> None:
     logits = 4 * torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     cooled = logits / 2.2
     assert torch.equal(logits.argmax(1), cooled.argmax(1))
-    assert (cooled.softmax(1).max(1).values < logits.softmax(1).max(1).values).all()
+    before, after = logits.softmax(1), cooled.softmax(1)
+    assert (after.max(1).values < before.max(1).values).all()
+    assert (after.min(1).values > before.min(1).values).all()
 
 
 @of("double-softmax")
@@ -407,7 +409,7 @@ def _() -> None:
 def _() -> None:
     one = finals(lambda p: torch.optim.Adam(p, lr=0.03), range(12))
     other = finals(lambda p: torch.optim.Adam(p, lr=0.04), range(12))
-    assert (one - other).std() < min(one.std(), other.std())
+    assert (one - other).std() < 0.8 * math.hypot(one.std(), other.std()), "less than between different seeds"
 
 
 @of("same-budget")

@@ -102,12 +102,30 @@ def test_without_a_law_none_is_claimed() -> None:
     for chosen in (Settings(optimizer="adam"), Settings(optimizer="rmsprop"), Settings(batch=1)):
         assert critical_rate(chosen) is None
         assert "must" not in expected(chosen)
-    sharpest = np.linalg.eigvalsh(2 * np.outer([3, 1], [3, 1])).max()
-    assert f"allows {2 / sharpest:.4f}" in expected(Settings(batch=1))
+    assert "with all the points it is 2/λmax = 0.1803" in expected(Settings(batch=1))
+    assert "it is 2(1 + β)/λmax = 0.3426" in expected(Settings(batch=2, momentum=0.9))
     wild = trained(Settings(lr=0.3, batch=1, epochs=500))
     told = outcome(wild.settings, wild.losses)
     assert told["kind"] == "diverged"
     assert "expected" not in told["text"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"momentum": 0.99, "factor": 0.999, "epochs": 60}, {"momentum": 0.5, "factor": 0.9, "epochs": 1}]
+)
+def test_a_rise_below_the_bound_is_not_taken_for_divergence(given: dict[str, Any]) -> None:
+    critical = critical_rate(Settings(momentum=given["momentum"]))
+    assert critical is not None
+    run = trained(Settings(lr=given["factor"] * critical, momentum=given["momentum"], epochs=given["epochs"]))
+    assert run.losses[-1] > run.losses[0]
+    assert outcome(run.settings, run.losses)["kind"] == "on the way"
+    assert "cannot diverge" in expected(run.settings)
+
+
+def test_on_the_valleys_floor_nothing_is_claimed() -> None:
+    run = trained(Settings(lr=0.19, weight=2, bias=0, epochs=50))
+    assert outcome(run.settings, run.losses)["kind"] == "arrived"
+    assert "unless it starts on the valley's floor" in expected(run.settings)
 
 
 def test_what_is_beyond_all_numbers_is_none() -> None:
@@ -122,6 +140,7 @@ def test_what_is_beyond_all_numbers_is_none() -> None:
         ({"lr": 0}, "lr = 0 must lie between"),
         ({"lr": math.nan}, "lr = nan must be a number"),
         ({"lr": math.inf}, "lr = inf must be a number"),
+        ({"lr": 10**400}, "must be a number"),
         ({"lr": "0.1"}, "lr = '0.1' must be a number"),
         ({"lr": True}, "lr = True must be a number"),
         ({"momentum": 1.0}, "momentum = 1 must lie between"),

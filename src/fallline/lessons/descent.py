@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 INPUTS = (1.0, 2.0, 3.0)
@@ -21,6 +21,7 @@ ARRIVED = 0.01
 LOST = 1e12
 LARGEST_EPOCHS = 2000
 WIDEST = 100.0
+LARGEST_NUMBER = 1e300  # JSON may bring whole numbers that are no float
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,13 @@ def expected(settings: Settings) -> str:
     critical = critical_rate(settings)
     if critical is not None:
         side = "above" if settings.lr > critical else "below"
-        follows = "it must diverge" if side == "above" else "it cannot diverge"
+        follows = "it must diverge, unless it starts on the valley's floor" if side == "above" else "it cannot diverge"
         return f"lr {settings.lr:g} is {side} {bound(settings)}: {follows}."
     if settings.optimizer == "sgd":
-        return (
-            f"With mini-batches of {settings.batch} the bound 2/λmax = {2 / sharpness():.4f} holds on average only: "
-            f"the sharpest point alone allows {2 / (2 * (max(INPUTS) ** 2 + 1)):.4f}."
-        )
+        whole = bound(replace(settings, batch=len(INPUTS)))
+        return f"With mini-batches of {settings.batch} there is no such exact bound; with all the points it is {whole}."
     name = OPTIMIZERS[settings.optimizer]
-    return f"{name} has no fixed bound: its steps are about lr = {settings.lr:g} long, however steep the slope."
+    return f"{name} has no fixed bound: lr = {settings.lr:g} sets how long its steps are, and the slope hardly does."
 
 
 def outcome(settings: Settings, losses: list[float]) -> dict[str, str]:
@@ -151,8 +150,11 @@ def outcome(settings: Settings, losses: list[float]) -> dict[str, str]:
     if last <= ARRIVED:
         at = next(i for i, loss in enumerate(losses) if loss <= ARRIVED)
         return {"kind": "arrived", "text": f"Arrived: the loss fell below {ARRIVED:g} in epoch {at}, to {last:.3g}."}
+    if last > first and critical is not None and settings.lr <= critical:
+        told = f"On the way: the loss has risen from {first:.3g} to {last:.3g} in {epoch} epochs"
+        return {"kind": "on the way", "text": f"{told}; below {bound(settings)} it comes down again."}
     if last > first:
-        why = f"lr {settings.lr:g} is above {bound(settings)}: expected" if critical and settings.lr > critical else ""
+        why = f"lr {settings.lr:g} is above {bound(settings)}: expected" if critical else ""
         told = f"Diverging: after {epoch} epochs the loss is {last:.3g}, above the {first:.3g} that it began with"
         return {"kind": "diverged", "text": f"{told}; {why}." if why else f"{told}."}
     told = f"On the way: the loss went from {first:.3g} to {last:.3g} in {epoch} epochs"
@@ -160,7 +162,7 @@ def outcome(settings: Settings, losses: list[float]) -> dict[str, str]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:
         raise ValueError(f"{name} = {value!r} must be a number")
     return value
 

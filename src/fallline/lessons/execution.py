@@ -140,8 +140,8 @@ def _different_outputs(name: str, shown: Sequence[Any], now: Sequence[Any]) -> I
         return
     for old, new in zip(shown, now, strict=True):
         figures = [output.get("data", {}).get("image/svg+xml") for output in (old, new)]
-        if all(figures):
-            if not same_figure(*figures):
+        if any(figures):
+            if not all(figures) or not same_figure(*figures):
                 yield f"“{name}” draws another figure now."
         elif _said(old) != _said(new):
             yield f"“{name}” shows {_said(old)!r}; the code gives {_said(new)!r} now."
@@ -150,7 +150,9 @@ def _different_outputs(name: str, shown: Sequence[Any], now: Sequence[Any]) -> I
 def _said(output: Any) -> Any:
     if output["output_type"] == "error":
         return output["ename"], output["evalue"]
-    return output.get("text") or output.get("data", {}).get("text/plain")
+    if output["output_type"] == "stream":
+        return output["text"] if output["name"] == "stdout" else (output["name"], output["text"])
+    return output.get("data", {}).get("text/plain")
 
 
 def _shortened(text: str) -> str:

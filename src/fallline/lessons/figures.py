@@ -70,5 +70,8 @@ def _parts(svg: str) -> tuple[list[str], list[str]]:
     Without the metadata, which say when the figure was made and by which version.
     """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Matplotlib's ids are hashes of coordinates, last digits included: what counts is which one comes where.
+    ids = {name: f"i{i}" for i, name in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
+    svg = re.sub(r'(\bid="|#)([\w.-]+)', lambda found: found[1] + ids.get(found[2], found[2]), svg)
     tags = "".join(re.findall(r"<[^>]*>", svg))
     return [*re.split(r"<[^>]*>", svg), *NUMBER.split(tags)], NUMBER.findall(tags)

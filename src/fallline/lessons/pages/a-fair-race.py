@@ -320,7 +320,7 @@ print(few.ranking.sentence)
 # Why run both optimizers on the same seeds?
 #
 # - [x] So that luck which both share cancels in their difference.
-#   A hard start is hard for both; the difference scatters less than the losses do.
+#   A hard start is hard for both; their difference scatters less than between runs of different seeds.
 # - [ ] To save time.
 #   It takes as many runs.
 # - [ ] Because torch needs a seed.

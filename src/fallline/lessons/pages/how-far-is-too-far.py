@@ -195,9 +195,10 @@ for factor in (0.99, 1.01):
     )
 
 # %% [markdown]
-# Adam and RMSprop have no such line: they divide the gradient by its own size, so a step stays about as long as the
-# learning rate, however steep the wall. They do not explode here. They stop getting closer: with steps of 0.3 you cannot
-# come to rest at a point.
+# Adam and RMSprop have no such line: they divide the gradient by its own running size, so how long a step is hardly
+# depends on how steep the wall is. They do not explode here. Too large a rate throws them far away in their first steps;
+# then RMSprop, at a constant rate, keeps jumping about the minimum, while Adam's running mean of gradients cancels such
+# jumps, and it settles in the end.
 
 # %% [markdown]
 # ## A real model: the learning rate swept
@@ -280,11 +281,14 @@ for name, found in swept.items():
 # %% [markdown] {"caption": true}
 # One dot per seed, lines through the medians. Both curves are valleys: too slow on the left, thrown about on the right.
 # They lie at different learning rates: momentum is best at {{ f"{best['SGD, momentum 0.9']:.2g}" }}, Adam at
-# {{ f"{best['Adam']:.2g}" }}. Both fall apart within one power of ten above their best.
+# {{ f"{best['Adam']:.2g}" }}. Ten times above its best, momentum knows nothing any more (a loss of
+# {{ f"{swept['SGD, momentum 0.9'][rates.index(best['SGD, momentum 0.9']) + 2].median().item():.2f}" }}); Adam is still good there
+# ({{ f"{swept['Adam'][rates.index(best['Adam']) + 2].median().item():.2f}" }}), and lost at a hundred times
+# ({{ f"{swept['Adam'][rates.index(best['Adam']) + 4].median().item():.2f}" }}).
 
 # %% [markdown]
 # Three things to take away: **sweep on a logarithmic scale**; each optimizer has **its own** best learning rate; and the
-# best one is **near the cliff**, so take several seeds before you trust it. For your own model, `fallline sweep` trains all
+# best one may be **near a cliff**, so take several seeds before you trust it. For your own model, `fallline sweep` trains all
 # of these networks at once:
 
 # %% The same, by fallline, on handwritten digits {"needs": "fallline"}
@@ -409,7 +413,7 @@ for name, (losses, curvature) in runs.items():
 #   The heavy ball remembers the last step, which points the other way across the valley, and that damps the swing.
 
 # %% [markdown] {"question": "slow-floor"}
-# SGD at 0.99 of the critical learning rate converges slowly. Why not simply take a larger one?
+# SGD at 0.9 of the critical learning rate converges slowly. Why not simply take a larger one?
 #
 # - [ ] Because torch does not allow it.
 #   It allows any positive number.
@@ -432,7 +436,7 @@ for name, (losses, curvature) in runs.items():
 # You have seven trainings to find a learning rate. Which do you try first?
 #
 # - [ ] 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07
-#   They all lie within one power of ten, and the best may be a thousand times smaller.
+#   They all lie within one power of ten, and the best may be a hundred times smaller.
 # - [x] 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1
 #   Learning rates act by their ratio, so equal ratios spread the trials evenly.
 # - [ ] Seven times torch's default.

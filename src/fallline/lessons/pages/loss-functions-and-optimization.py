@@ -344,7 +344,7 @@ plt.show()
 # %% [markdown]
 # At a learning rate of 0.01 the two adaptive methods are far *behind* plain SGD:
 # {{ f"{curves['Adam, lr 0.01'][-1]:.2f}" }} for Adam against {{ f"{curves['SGD, lr 0.01'][-1]:.2f}" }}. They normalise
-# the gradient away, so that a step is about as long as the learning rate itself, and 100 steps of 0.01 do not reach the
+# the gradient away, so that a step is about as long as the learning rate itself (RMSprop's first ones are longer), and 100 steps of 0.01 do not reach the
 # goal. With lr 0.3 Adam reaches {{ f"{curves['Adam, lr 0.3'][-1]:.4f}" }}. The same number means different things to
 # different optimizers: **comparing optimizers at one learning rate compares nothing.**
 
@@ -397,7 +397,7 @@ print(f"best: lr {best:g}")
 # - [x] Adam.
 #   It divides every parameter's step by the root of a running mean of its squared gradients.
 # - [x] RMSprop.
-#   It divides by the same root as Adam. It adapts too, though it is often left out of this question.
+#   It divides by the same kind of root as Adam. It adapts too, though it is often left out of this question.
 # - [ ] SGD with momentum.
 #   Momentum adds up past gradients, but the rate that they are multiplied with stays the same for all parameters.
 

@@ -451,7 +451,7 @@ for finding in fl.check(task):
 # - [ ] The accuracy.
 #   Division by a positive number keeps the order of the logits, so every decision stays.
 # - [x] The confidence.
-#   With a temperature above 1 all probabilities move towards equal ones.
+#   With a temperature above 1 the largest probability falls and the smallest rises: they come nearer to each other.
 # - [ ] The parameters of the network.
 #   They stay; one number is added behind them.
 
