@@ -264,8 +264,10 @@ for (name, found), style in zip(swept.items(), ["o-", "s--"]):
     axes.loglog(rates, shown, ".", color=line_drawn.get_color(), alpha=0.5)
 axes.axhline(math.log(3), color="#8a8f98", linewidth=1, linestyle=":")
 axes.text(rates[0], math.log(3) * 1.08, "knows nothing", fontsize=9)
-axes.set(xlabel="learning rate", ylabel="validation loss after 300 steps")
-axes.legend(loc="lower left")
+axes.set(
+    xlabel="learning rate", ylabel="validation loss after 300 steps", ylim=(0.02, 8)
+)
+axes.legend(loc="upper center", ncols=2)
 plt.show()
 
 best = {
