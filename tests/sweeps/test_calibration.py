@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[str]]:
         monkeypatch.setattr(calibration._Calibration, "_compiled", compiled_course)
         monkeypatch.setattr(calibration._Calibration, "_prepared", lambda self, course: course)
         monkeypatch.setattr(workers, "cores", lambda: 2)
+        monkeypatch.setattr(calibration, "SURELY_WORTH_COMPILING", math.inf)
         return asked
 
     return give
@@ -137,6 +139,27 @@ def test_what_the_cache_has_is_not_compared_with_traced_programs(measured, monke
     monkeypatch.setattr(calibration._Calibration, "_prepared_to_compile", lambda self, course: to_compile(course, 0))
     assert course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto").name == "compiled, 2 workers"
     assert asked == ["mapped, 2 workers", "sequential, 2 workers", "compiled, 2 workers"]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("sure", [True, False])
+def test_with_so_much_ahead_that_it_is_compiled_anyway_nothing_else_is_tried(
+    measured, monkeypatch: pytest.MonkeyPatch, compiles: bool, sure: bool
+):
+    asked = measured(ALL)
+    tried = []
+
+    def compile_it(self: Any, chunked: Any) -> Course | None:
+        tried.append(chunked)
+        return compiled_course(self, chunked) if compiles and chunked is not None else None
+
+    monkeypatch.setattr(calibration._Calibration, "_compiled", compile_it)
+    left = ahead().seconds(ALL["mapped, 2 workers"])
+    monkeypatch.setattr(calibration, "SURELY_WORTH_COMPILING", left - 1 if sure else left + 1)
+    course = course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto")
+    assert course.name == ("compiled, 2 workers" if compiles else "traced, 2 workers")
+    assert ("traced, 2 workers" in asked) is not (sure and compiles)
+    assert sum(chunked is not None for chunked in tried) == 1, "compiled once, whether it can be or not"
 
 
 def test_where_every_probe_fails_nothing_changes(measured):

@@ -37,13 +37,15 @@ SECONDS_PER_STEP = 1e-3
 # Seconds of training ahead from which on something is worth its price: processes and the measuring of ways to use them
 # (more than half a second for what halves the time at best), measuring at all where one process trains anyway, the
 # threads of this process where fewer workers than cores would train, tracing (two seconds, most of it imports), and
-# compiling (some ten seconds for two programs, longer for more).
+# compiling (some six seconds for two programs, longer for more); and from which on it is so much that tracing, which
+# halves what is ahead at best, would leave enough for compiling all the same.
 WORTH_PROCESSES = 1.5
 WORTH_MEASURING = 2.0
 WORTH_THREADS = 1.0
 WORTH_TRACING = 5.0
-WORTH_COMPILING = 15.0
-SECONDS_TO_COMPILE_MORE = 5.0
+WORTH_COMPILING = 8.0
+SURELY_WORTH_COMPILING = 24.0
+SECONDS_TO_COMPILE_MORE = 2.5
 # Programs of packs that are so much rarer than the most frequent kind are not compiled.
 RARE = 0.1
 # What the calls for a chunk cost, in rows; and how much more rows cost that do not share their mini-batch, so that the
@@ -234,9 +236,11 @@ class _Calibration:
         if course.engine == "vectorised" and self.asked == "auto":
             self._measure(self._alone(course))
         chunked = self._prepared_to_compile(course) if course.engine == "vectorised" else None
-        if chunked is not None and not chunked.missing:
-            self._measure(self._compiled(chunked) or course)
-            return self._fastest(course)
+        if chunked is not None and (not chunked.missing or self._ahead > SURELY_WORTH_COMPILING):
+            if (quicker := self._compiled(chunked)) is not None:
+                self._measure(quicker)
+                return self._fastest(course)
+            chunked = None
         if course.engine == "vectorised" and self._ahead > WORTH_TRACING:
             self._measure(self._traced(course))
         enough = WORTH_COMPILING if course.workers == workers.cores() else WORTH_THREADS

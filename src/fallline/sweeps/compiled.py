@@ -22,14 +22,16 @@ import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fallline.sweeps import wrapper
 from fallline.sweeps.products import LINEAR
 from fallline.sweeps.programs import Run, copy_of
 from fallline.sweeps.workers import cores, forked
@@ -63,7 +65,8 @@ class Source:
     def key(self) -> str:
         """What the machine code depends on."""
         made = hashlib.sha256()
-        told: list[Any] = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), OPTIONS]
+        told: list[Any] = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+        told += [_instructions(), OPTIONS]
         told += [(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in self.tensors]
         if any(t.device.type == "cuda" for t in self.tensors):
             told.append(torch.cuda.get_device_name())
@@ -76,6 +79,16 @@ class Source:
             torch.save(constant, buffer)
             made.update(buffer.getvalue())
         return made.hexdigest()[:32]
+
+
+@cache
+def _instructions() -> str:
+    """What this machine's processor can do: programs use all of it, and a home directory may serve several machines."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return ""
 
 
 def why_not(device: torch.device) -> str | None:
@@ -152,17 +165,20 @@ def _compile(source: Source) -> None:
 
     examples = tuple(copy_of(tensor) for tensor in source.tensors)
     target = _path(source.key)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(_known_machine())
-            stack.enter_context(_onednn_for_any_product())
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(source.graph, examples, strict=False)
-            made = aoti_compile_and_package(
-                exported, package_path=str(Path(folder) / "program.pt2"), inductor_configs={**OPTIONS, **_quicker()}
-            )
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_known_machine())
+        stack.enter_context(_onednn_for_any_product())
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(source.graph, examples, strict=False)
+        path, options = str(Path(folder) / "program.pt2"), {**OPTIONS, **_quicker()}
+        try:
+            with wrapper.slim(), _first_object_beside_the_others():
+                made = aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+            _loaded(Path(made))
+        except Exception:  # as torch does it: slower, and whatever its compiler and its loader have become since
+            made = aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
         Path(made).replace(target)
 
 
@@ -190,6 +206,30 @@ def _onednn_for_any_product() -> Iterator[None]:
             lowering.lowerings[LINEAR] = before
 
 
+@contextlib.contextmanager
+def _first_object_beside_the_others() -> Iterator[None]:
+    """Within, the first object file of a program, its wrapper, is made while its kernels are; what links them waits."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    one_by_one = CppBuilder.build
+    first: list[Future[None]] = []
+
+    def build(self: Any) -> None:
+        if not first and getattr(self, "_compile_only", False):
+            first.append(pool.submit(one_by_one, self))
+            return
+        if first and not getattr(self, "_compile_only", False):
+            first.pop().result()
+        one_by_one(self)
+
+    with ThreadPoolExecutor(1) as pool:
+        CppBuilder.build = build  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            CppBuilder.build = one_by_one  # type: ignore[method-assign]
+
+
 def _quicker() -> dict[str, Any]:
     """Those of the settings `QUICKER` that this version of torch has."""
     from torch._inductor import config as settings
@@ -206,16 +246,29 @@ def _known_machine() -> contextlib.AbstractContextManager[None]:
     return manager
 
 
-def _loaded(path: Path) -> Run:
-    from torch._inductor import aoti_load_package
+def _expect_no_more_of_the_machine() -> None:
+    """From here on torch does not try out instructions for int8 and bfloat16, which a program of ours has no use for.
 
-    with _known_machine():  # loading compares it with the one where the program was made
-        model: Any = aoti_load_package(str(path))
-    program = getattr(getattr(model, "loader", None), "run", None) or (lambda tensors: model(*tensors))
+    That is known of a process to its end, so it is not for one that compiles other programs too.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        cpu_vec_isa.VecISA.check_build = lambda *_: False  # type: ignore[method-assign]
+
+
+def _loaded(path: Path) -> Run:
+    # torch's own function for it compares the machine with the one where the program was made, which is in the key; for
+    # that it brings half of the compiler with it, and may try out vector units: two seconds.
+    make: Any = torch._C._aoti.AOTIModelPackageLoader
+    try:
+        loader = make(str(path), "model", False, 1, -1)
+    except TypeError:  # up to torch 2.6
+        loader = make(str(path), "model")
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         try:
-            found: Sequence[Tensor] = program(list(tensors))
+            found: Sequence[Tensor] = loader.run(list(tensors))
         except RuntimeError as error:
             if "out of memory" in str(error):  # said by the program's own words only
                 raise torch.OutOfMemoryError(str(error)) from error
@@ -259,6 +312,7 @@ def _in_child(source: Source, connection: Any) -> None:
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         torch.set_num_threads(1)
+        _expect_no_more_of_the_machine()
         _compile(source)
     except BaseException as error:
         reason = str(reason_of(error))
