@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 import fallline as fl
-from fallline.sweeps import calibration, engines, footprint, packs, search, workers
+from fallline.sweeps import calibration, compiled, engines, footprint, packs, search, workers
 from fallline.sweeps.calibration import Ahead, Course, course_of
 from fallline.sweeps.engines import EngineChoice
 from fallline.sweeps.footprint import rows_in_cache
@@ -53,7 +53,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[str]]:
         monkeypatch.setattr(calibration._Calibration, "_compiled", compiled_course)
         monkeypatch.setattr(calibration._Calibration, "_prepared", lambda self, course: course)
         monkeypatch.setattr(workers, "cores", lambda: 2)
-        monkeypatch.setattr(calibration, "SURELY_WORTH_COMPILING", math.inf)
+        monkeypatch.setattr(calibration, "COMPILING_SURELY_PAYS", math.inf)
         return asked
 
     return give
@@ -61,7 +61,21 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[str]]:
 
 def to_compile(course: Course, missing: int) -> Any:
     """A course with so many programs that the cache does not have."""
-    return calibration._Chunked(course, Programs(), {}, dict.fromkeys(range(missing)))
+    return calibration._Chunked(course, Programs(), {}, programs_of([1] * missing))
+
+
+def programs_of(operations: list[int]) -> dict[Any, compiled.Source]:
+    """Programs of so many operations."""
+
+    def negated(times: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        value = graph.placeholder("value")
+        for _ in range(times):
+            value = graph.call_function(torch.neg, (value,))
+        graph.output(value)
+        return fx.GraphModule({}, graph)
+
+    return {i: compiled.Source(negated(times), []) for i, times in enumerate(operations)}
 
 
 def compiled_course(self: Any, chunked: Any) -> Course:
@@ -155,11 +169,35 @@ def test_with_so_much_ahead_that_it_is_compiled_anyway_nothing_else_is_tried(
 
     monkeypatch.setattr(calibration._Calibration, "_compiled", compile_it)
     left = ahead().seconds(ALL["mapped, 2 workers"])
-    monkeypatch.setattr(calibration, "SURELY_WORTH_COMPILING", left - 1 if sure else left + 1)
+    worth = calibration._worth(programs_of([1]))
+    monkeypatch.setattr(calibration, "COMPILING_SURELY_PAYS", (left - 1 if sure else left + 1) / worth)
     course = course_of(ahead(), VECTORISED, asked="auto", asked_workers="auto")
     assert course.name == ("compiled, 2 workers" if compiles else "traced, 2 workers")
     assert ("traced, 2 workers" in asked) is not (sure and compiles)
     assert sum(chunked is not None for chunked in tried) == 1, "compiled once, whether it can be or not"
+
+
+def test_compiling_pays_from_more_ahead_for_more_and_larger_programs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    small, large = 3.5 + 0.015 * 10, 3.5 + 0.015 * 600
+    assert calibration._worth(programs_of([10])) == calibration._worth(programs_of([10, 10])) == 8.0
+    assert calibration._worth(programs_of([600, 10])) == pytest.approx(1.5 * large)
+    assert calibration._worth(programs_of([600, 600, 10])) == pytest.approx(1.5 * (2 * large + small) / 2)
+    assert calibration._worth({}) == 8.0
+
+
+@pytest.mark.parametrize(("seconds", "compiles"), [(18.0, False), (19.5, True)])
+def test_it_is_compiled_where_it_pays(monkeypatch: pytest.MonkeyPatch, seconds: float, compiles: bool):
+    """Two programs on two cores; one of 600 operations takes 12.5 seconds."""
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    tried = []
+    monkeypatch.setattr(compiled, "compile_all", lambda missing, side_by_side: tried.append(missing) or iter(()))
+    plenty = ahead()
+    calibrated = calibration._Calibration(plenty, "auto", 8)
+    calibrated.measured["mapped, 2 workers"] = 1e6 * seconds / plenty.trial_steps
+    chunked = calibration._Chunked(Course("vectorised", workers=2), Programs(), {}, programs_of([600, 10]))
+    assert calibrated._compiled(chunked) is None, "since nothing comes of it"
+    assert tried == ([chunked.missing] if compiles else [])
 
 
 def test_where_every_probe_fails_nothing_changes(measured):

@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,15 +37,18 @@ SECONDS_PER_STEP = 1e-3
 # Seconds of training ahead from which on something is worth its price: processes and the measuring of ways to use them
 # (more than half a second for what halves the time at best), measuring at all where one process trains anyway, the
 # threads of this process where fewer workers than cores would train, tracing (two seconds, most of it imports), and
-# compiling (some six seconds for two programs, longer for more); and from which on it is so much that tracing, which
-# halves what is ahead at best, would leave enough for compiling all the same.
+# compiling, which costs more for larger programs.
 WORTH_PROCESSES = 1.5
 WORTH_MEASURING = 2.0
 WORTH_THREADS = 1.0
 WORTH_TRACING = 5.0
 WORTH_COMPILING = 8.0
-SURELY_WORTH_COMPILING = 24.0
-SECONDS_TO_COMPILE_MORE = 2.5
+# What compiling a program takes, and each of its operations; how many times as much is to be ahead for it to pay; and
+# how many times that, so that tracing, which halves what is ahead at best, would leave enough for it all the same.
+SECONDS_TO_COMPILE = 3.5
+SECONDS_TO_COMPILE_AN_OPERATION = 0.015
+COMPILING_PAYS = 1.5
+COMPILING_SURELY_PAYS = 3.0
 # Programs of packs that are so much rarer than the most frequent kind are not compiled.
 RARE = 0.1
 # What the calls for a chunk cost, in rows; and how much more rows cost that do not share their mini-batch, so that the
@@ -236,7 +239,9 @@ class _Calibration:
         if course.engine == "vectorised" and self.asked == "auto":
             self._measure(self._alone(course))
         chunked = self._prepared_to_compile(course) if course.engine == "vectorised" else None
-        if chunked is not None and (not chunked.missing or self._ahead > SURELY_WORTH_COMPILING):
+        if chunked is not None and (
+            not chunked.missing or self._ahead > COMPILING_SURELY_PAYS * _worth(chunked.missing)
+        ):
             if (quicker := self._compiled(chunked)) is not None:
                 self._measure(quicker)
                 return self._fastest(course)
@@ -302,8 +307,7 @@ class _Calibration:
         if chunked is None:
             return None
         made, programs, loaded, missing = chunked.course, chunked.programs, chunked.loaded, chunked.missing
-        price = WORTH_COMPILING + SECONDS_TO_COMPILE_MORE * max(0, len(missing) - 2)
-        if missing and self.asked != "compiled" and self._ahead < price:
+        if missing and self.asked != "compiled" and self._ahead < _worth(missing):
             return None
         began = time.monotonic()
         if missing:
@@ -367,6 +371,13 @@ class _Calibration:
         note = f"not compiled: {reason}"
         if note not in self.notes:
             self.notes.append(note)
+
+
+def _worth(missing: Mapping[Any, compiled.Source]) -> float:
+    """Seconds of training ahead from which on compiling these programs pays."""
+    each = [SECONDS_TO_COMPILE + SECONDS_TO_COMPILE_AN_OPERATION * source.operations for source in missing.values()]
+    takes = max(max(each), sum(each) / workers.cores()) if each else 0.0
+    return max(WORTH_COMPILING, COMPILING_PAYS * takes)
 
 
 def _kind(plans: Sequence[TrialPlan], chunk: int | None) -> Hashable:

@@ -80,6 +80,11 @@ class Source:
             made.update(buffer.getvalue())
         return made.hexdigest()[:32]
 
+    @property
+    def operations(self) -> int:
+        """How many the program has."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
 
 @cache
 def _instructions() -> str:
