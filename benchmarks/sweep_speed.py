@@ -48,8 +48,9 @@ from speed.teams import Contender, ContenderFailed, Team
 FALLLINE, PRODUCTS, JAX = "fallline", "matrix products", "JAX"
 ONE = "plain loop"
 PLAIN_LOOPS = f"plain loop, {cores()} processes" if cores() > 1 else ONE
-# Of losses after some hundred steps of the same arithmetic in another order, relative, in float32.
-TOLERANCE = 1e-2
+# Of losses after up to some thousand steps of the same arithmetic in another order (other products, other threads),
+# relative, in float32; after a few steps the tests ask for 3e-5.
+TOLERANCE = 5e-2
 # What --quick leaves of the steps.
 QUICK = 1 / 16
 
@@ -275,7 +276,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats, of which the median counts (5)")
     parser.add_argument("--quick", action="store_true", help="3 repeats of a sixteenth of the steps, to try it out")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda or cuda:N")
-    parser.add_argument("--write", action="store_true", help="put what is printed into docs/benchmarks.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put what is printed into docs/benchmarks.md, in place of those cases"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     size, repeats = (QUICK, 3) if options.quick else (1.0, options.repeats)
@@ -299,8 +302,10 @@ def main() -> None:
     if options.quick:
         output("\n--quick: too small for rates to mean much; only the losses are judged")
     print(f"\n{time.monotonic() - began:.0f} seconds in all")
-    if options.write:
+    if options.write and options.cases == list(CASES) and not options.populations:
         output.write(f"sweep_speed:{device.type}")
+    elif options.write:
+        output.replace(f"sweep_speed:{device.type}")
     sys.exit(missed > 0)
 
 

@@ -235,6 +235,24 @@ def test_tables_are_written_between_their_markers(tmp_path):
         output.write("b:cpu", page)
 
 
+def test_some_cases_are_written_in_place_of_themselves(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a:cpu -->\n<!-- /a:cpu -->\nafter\n")
+    whole = Output()
+    whole("day 1, a machine\nversions\n\ncase A\n1\n\ncase B\n2")
+    whole.write("a:cpu", page)
+    again = Output()
+    again("day 2, a machine\nversions")
+    again("\ncase B\n3")
+    for _ in range(2):
+        again.replace("a:cpu", page)
+        told = "day 1, a machine\nversions\n\ncase A\n1\n\ncase B\n3\nmeasured again by itself: day 2, a machine"
+        assert page.read_text() == f"before\n<!-- a:cpu -->\n\n```text\n{told}\n```\n\n<!-- /a:cpu -->\nafter\n"
+    again("\ncase C\n4")
+    with pytest.raises(SystemExit, match="no lines that begin with 'case C'"):
+        again.replace("a:cpu", page)
+
+
 def test_the_page_has_a_place_for_every_table():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     for name in ("sweep_speed", "scaling"):

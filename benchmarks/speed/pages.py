@@ -30,14 +30,46 @@ class Output:
         Raises:
             SystemExit: if the page has no such markers.
         """
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text = page.read_text()
-        if begin not in text or end not in text.partition(begin)[2]:
-            raise SystemExit(f"{page} has no lines {begin} and {end} to write between: add them.")
-        before, _, rest = text.partition(begin)
-        after = rest.partition(end)[2]
-        body = "\n".join(self.lines).strip("\n")
-        page.write_text(f"{before}{begin}\n\n```text\n{body}\n```\n\n{end}{after}")
+        _, before, after = _parts(name, page)
+        page.write_text(before + _fenced("\n".join(self.lines).strip("\n")) + after)
+
+    def replace(self, name: str, page: Path = PAGE) -> None:
+        """Puts each paragraph that was printed in place of the one in the page that begins with the same line.
+
+        The first paragraph, which says when and where this was, stays as it is; its first line follows the new ones.
+
+        Raises:
+            SystemExit: if the page has no such markers, or no such paragraph.
+        """
+        there, before, after = _parts(name, page)
+        kept = {_first_line(paragraph): paragraph for paragraph in there.split("\n\n")}
+        where, *made = "\n".join(self.lines).strip("\n").split("\n\n")
+        for paragraph in made:
+            if _first_line(paragraph) not in kept:
+                raise SystemExit(
+                    f"{page} has no lines that begin with {_first_line(paragraph)!r}: write all of it once."
+                )
+            kept[_first_line(paragraph)] = f"{paragraph}\nmeasured again by itself: {_first_line(where)}"
+        page.write_text(before + _fenced("\n\n".join(kept.values())) + after)
+
+
+def _parts(name: str, page: Path) -> tuple[str, str, str]:
+    """What is written between the markers of a name, what stands before, and what after."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = page.read_text()
+    if begin not in text or end not in text.partition(begin)[2]:
+        raise SystemExit(f"{page} has no lines {begin} and {end} to write between: add them.")
+    before, _, rest = text.partition(begin)
+    there, _, after = rest.partition(end)
+    return there.strip("\n").removeprefix("```text\n").removesuffix("\n```"), before + begin, end + after
+
+
+def _fenced(text: str) -> str:
+    return f"\n\n```text\n{text}\n```\n\n"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def machine(device: torch.device) -> list[str]:

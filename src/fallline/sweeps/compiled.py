@@ -181,7 +181,7 @@ def _compile(source: Source) -> None:
         try:
             with wrapper.slim(), _first_object_beside_the_others():
                 made = aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
-            _loaded(Path(made))
+            _loaded(Path(made))(examples)
         except Exception:  # as torch does it: slower, and whatever its compiler and its loader have become since
             made = aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
         Path(made).replace(target)
